@@ -1,0 +1,31 @@
+"""A network looked at as it is deployed, and given back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def deployed(network: nn.Module) -> Iterator[nn.Module]:
+    """The same network in evaluation mode, without gradients; modes are restored on leaving."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield network
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """A float32 copy on the CPU in evaluation mode, in torch's default memory layout."""
+    twin: nn.Module = copy.deepcopy(network).to(device="cpu", dtype=torch.float32)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return twin.eval().requires_grad_(False)
