@@ -1,0 +1,1 @@
+"""The jobs that people come for: `search` finds the network that fits."""

@@ -1,0 +1,313 @@
+"""The command line: `espalier search | measure | report | export | dashboard | recipe`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from espalier.errors import EspalierError
+
+if TYPE_CHECKING:
+    from espalier.problem import Reading
+
+app = typer.Typer(
+    help="Espalier designs neural networks to fit: a task, a device and a budget go in, "
+    "a trained, exported, measured network comes out, with the evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="Published systems as recipes over Espalier's parts.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipe")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the answer.")]
+
+
+@contextmanager
+def _one_line_errors(hint: str = "") -> Iterator[None]:
+    """A user's error is one line on standard error and exit code 2; Ctrl-C is exit code 130."""
+    try:
+        yield
+    except EspalierError as error:
+        print(f"espalier: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print(f"\nespalier: stopped; nothing finished is lost.{hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _limits(texts: list[str]) -> dict[str, str]:
+    from espalier.errors import BudgetError
+
+    within: dict[str, str] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name or not value:
+            raise BudgetError(f"--max reads NAME=VALUE, like latency_ms=0.3 or params=60k, got {text!r}")
+        if name in within:
+            raise BudgetError(f"--max {name} is given twice: {within[name]} and {value}")
+        within[name] = value
+    return within
+
+
+def _runtime(device: str, threads: int, batch: int) -> Any:
+    from espalier.costs import OnnxRuntime
+
+    return OnnxRuntime(device=device, threads=threads, batch=batch)
+
+
+@app.command()
+def search(
+    task: Annotated[
+        str,
+        typer.Option(
+            help="digits, mnist, cifar10 (from ESPALIER_DATA), a folder of class folders, an .npz; "
+            "with options: cifar10:size=16,train=4000; or my.py:make_task."
+        ),
+    ] = "digits",
+    family: Annotated[
+        str, typer.Option(help="mobilenet, resnet, or my.py:MyFamily, called with (shape, classes).")
+    ] = "mobilenet",
+    max_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max",
+            help="An upper limit, NAME=VALUE, as often as needed: latency_ms=0.3, params=60k, "
+            "macs=2M, bytes=200kB, activation_bytes=64kB, or a share of the largest: params=40%.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="What the search may spend: 2min, 90s, '300 trials', '10min, 500 trials'.")
+    ] = "2min",
+    strategy: Annotated[str, typer.Option(help="nsga2, evolution or random.")] = "nsga2",
+    seed: Annotated[int, typer.Option(help="Same seed, same study, on the same machine.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that score and train, one thread each; 0: this one.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="Where ONNX Runtime runs: cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime may use.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size that latency is measured at.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; a new one under runs/ if not given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the network that fits: search, train, measure, export, report.
+
+    Example: `espalier search --task digits --family mobilenet --max latency_ms=0.06 --max params=60k
+    --budget 2min --workers 2 --out runs/digits`
+    """
+    hint = f" Go on with the same command and --resume (study: {out})." if out else ""
+    with _one_line_errors(hint):
+        from espalier.flows.progress import display
+        from espalier.flows.search import search as run
+        from espalier.problem import SearchBudget
+
+        spend = SearchBudget.parse(budget)
+        found = run(
+            _loaded(family),
+            _loaded(task),
+            within=_limits(max_ or []),
+            on=_runtime(device, threads, batch),
+            budget=spend,
+            seed=seed,
+            out=out,
+            resume=resume,
+            workers=workers,
+            strategy=strategy,
+            progress=display(spend.seconds, quiet or as_json),
+        )
+        page = found.publish()
+        if as_json:
+            print(json.dumps(found.to_json()))
+        else:
+            _print_found(found.to_json(), page)
+
+
+def _loaded(text: str) -> Any:
+    """A name as it is, or the object that `file.py:name` points to: the user's own file."""
+    path, _, name = text.partition(":")
+    if not path.endswith(".py"):
+        return text
+    import importlib.util
+
+    if not Path(path).is_file():
+        raise EspalierError(f"no file {path!r}: write my.py:name, a file and a name in it")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[Path(path).stem] = module
+    sys.path.insert(0, str(Path(path).parent.resolve()))  # so that workers find the module too
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise EspalierError(f"{path!r} has no {name!r}: write my.py:name, a file and a name in it")
+    made = getattr(module, name)
+    return made() if callable(made) and _takes_nothing(made) else made
+
+
+def _takes_nothing(made: Any) -> bool:
+    import inspect
+
+    return not inspect.signature(made).parameters
+
+
+def _print_found(result: dict[str, Any], page: Path) -> None:
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=result["title"], title_justify="left")
+    shown = ["accuracy", "accuracy_validation", "latency_ms", "params", "macs", "bytes"]
+    table.add_column("network")
+    for name in shown:
+        table.add_column(name, justify="right")
+    rows = [{**result["best"], "name": "found (best)"}]
+    rows += [{**e, "name": "found (cheaper)"} for e in result["front"] if e["id"] != result["best"]["id"]]
+    for row in [*rows, *result["baselines"]]:
+        table.add_row(row["name"], *(_shown(row["metrics"].get(name)) for name in shown))
+    console.print(table)
+    limits = ", ".join(f"{x['metric']} {x['op']} {x['bound']:g}" for x in result["question"]["limits"])
+    console.print(f"limits kept as measured: {limits or 'none asked'}", highlight=False)
+    console.print(f"network: {result['best']['id']}", highlight=False)
+    for note in result["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    for name, path in result["files"].items():
+        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(reading: dict[str, Any] | None) -> str:
+    if reading is None:
+        return "-"
+    value = reading["value"]
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+@app.command()
+def measure(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, from anywhere.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime may use.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Price any ONNX file the way searches do: parameters, MACs, bytes, measured latency."""
+    with _one_line_errors():
+        from espalier.costs import price_onnx
+
+        priced: dict[str, Reading] = price_onnx(model, _runtime(device, threads, batch))
+        if as_json:
+            print(json.dumps({k: r.to_json() for k, r in priced.items()}))
+            return
+        from rich.table import Table
+
+        table = Table("metric", "value", "unit", "how", "spread")
+        for name, r in priced.items():
+            spread = "" if r.spread is None else f"{r.spread:.2g}"
+            table.add_row(name, _shown(r.to_json()), r.unit, r.how, spread)
+        Console().print(table)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    as_json: Json = False,
+) -> None:
+    """Write the report of a finished search again: HTML, Markdown, JSON."""
+    with _one_line_errors():
+        from espalier.report import read_result, write
+
+        files = write(read_result(run), run)
+        if as_json:
+            print(json.dumps({k: str(v) for k, v in files.items()}))
+        else:
+            for name, path in files.items():
+                print(f"{name}: {path}")
+
+
+@app.command()
+def dashboard(
+    run: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8080,
+) -> None:
+    """Show a study in Optuna's dashboard (a mirror of the ledger; needs the extra `dashboard`)."""
+    with _one_line_errors():
+        from espalier.study import Study
+        from espalier.study.mirror import serve
+
+        with Study.open(run) as study:
+            print(f"dashboard of {run}: http://127.0.0.1:{port} (Ctrl-C ends it)")
+            serve(study, port)
+
+
+@recipes_app.command("list")
+def recipe_list(as_json: Json = False) -> None:
+    """The recipes, with the published system each stands for."""
+    with _one_line_errors():
+        from espalier import recipes
+
+        rows = [r.about() for r in recipes.all_recipes()]
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            for row in rows:
+                print(f"{row['name']:<20} {row['title']}")
+
+
+@recipes_app.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="Name of the recipe.")]) -> None:
+    """What a recipe does, what it is composed of, and its source."""
+    with _one_line_errors():
+        from espalier import recipes
+
+        print(recipes.page(recipes.find(name)))
+
+
+@recipes_app.command("run")
+def recipe_run(
+    name: Annotated[str, typer.Argument(help="Name of the recipe.")],
+    scale: Annotated[str, typer.Option(help="smoke (seconds), cpu (minutes) or gpu.")] = "smoke",
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe and its check."""
+    with _one_line_errors():
+        from espalier import recipes
+
+        outcome = recipes.run(name, scale=scale, seed=seed, out=out)
+        if as_json:
+            print(json.dumps(outcome))
+        else:
+            Console().print_json(json.dumps(outcome.get("check", outcome)))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from espalier import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of the `espalier` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""The phases of a search, each recorded in the study so that a second run goes on from it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from espalier import train
+from espalier.costs import Cost, OnnxRuntime, PredictedLatency
+from espalier.errors import BudgetError
+from espalier.estimators import Estimator, OneShot, Trained
+from espalier.flows.evaluate import FewBatches, Finish, Score, derive, trained_network, weights_path
+from espalier.flows.plan import Plan, make_plan
+from espalier.flows.pricing import Codes, Pricing, hand_scaled
+from espalier.flows.progress import Display
+from espalier.nets import Family
+from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget, front
+from espalier.solvers import strategies
+from espalier.space import Candidate
+from espalier.study import Processes, Serial, Study, Trial
+from espalier.tasks import Task
+from espalier.train import Recipe
+
+# A finalist must be inside the limit by this much when first measured, so that the noise of the
+# second measurement does not throw it out.
+_MARGIN = 0.98
+_MEASURED_AT_MOST = 40
+
+
+@dataclass
+class Entry:
+    """A trained and measured candidate: a row of the result."""
+
+    candidate: Candidate
+    name: str
+    metrics: dict[str, Reading]
+    start: str = ""
+
+
+@dataclass
+class Job:
+    """Everything a search works with."""
+
+    family: Family
+    task: Task
+    limits: tuple[Limit, ...]
+    runtime: OnnxRuntime
+    study: Study
+    strategy: str
+    seed: int
+    workers: int
+    budget: SearchBudget
+    recipe: Recipe
+    show: Display
+    own_costs: tuple[Cost, ...] = ()
+    own_estimator: Estimator | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    pricing: Pricing = field(init=False)
+    predicted: PredictedLatency = field(init=False)
+    plan: Plan = field(init=False)
+
+    # --- what is asked ---------------------------------------------------------------------
+
+    @property
+    def shared(self) -> bool:
+        """Whether candidates are scored on shared weights."""
+        return self.own_estimator is None and hasattr(self.family, "activate")
+
+    @property
+    def quality(self) -> Metric:
+        """What the search makes best."""
+        return self.task.metrics[0]
+
+    @property
+    def axis(self) -> str:
+        """The cost that spans the front: the first that is limited, else latency."""
+        return self.limits[0].metric if self.limits else "latency_ms"
+
+    @property
+    def problem(self) -> Problem:
+        """Best quality, least of the first limited cost, within every limit."""
+        return Problem((self.quality, self.pricing.metrics[self.axis]), self.limits)
+
+    def executor(self) -> Serial | Processes:
+        """Where trials run."""
+        return Processes(self.workers, retries=1) if self.workers > 0 else Serial()
+
+    # --- phases ----------------------------------------------------------------------------
+
+    def decide_plan(self) -> None:
+        """Measures how fast this machine trains, once, and divides the budget."""
+        self.show.phase("timing a training step", 1)
+
+        def decide() -> dict[str, Any]:
+            speed = {} if self.budget.seconds is None else self._speed()
+            spent = sum(self.seconds.values())
+            plan = make_plan(self.budget, spent, speed, self.workers, self.shared)
+            return {"plan": plan.to_json(), "speed": speed}
+
+        self.plan = Plan(**self.study.once("plan", decide)["plan"])
+        p = self.plan
+        self.show.note(
+            f"plan: {p.supernet_epochs} epochs of the supernet, {p.trials} trials, "
+            f"{p.finalists} finalists, {p.final_epochs} epochs each"
+        )
+
+    def _speed(self) -> dict[str, float]:
+        few, one = FewBatches(self.task, 4), replace(self.recipe, epochs=1)
+        steps = max(self.task.size("train") // self.recipe.batch, 1)
+        share = steps / min(4, steps)
+        middle = self.family.space.decode(hand_scaled(self.family.space, self.family, 3)[1:2])
+        speed = {"supernet_epoch": 0.0}
+        probe = copy.deepcopy(self.family)
+        if self.shared:
+            train.train_supernet(probe, few, one, 0)
+            started = time.perf_counter()
+            train.train_supernet(probe, few, one, 0)
+            speed["supernet_epoch"] = share * (time.perf_counter() - started)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if self.workers > 0 else threads)
+        try:
+            network = probe.build(middle[0])
+            train.fit(network, few, one, 0)
+            started = time.perf_counter()
+            train.fit(network, few, one, 0)
+            speed["final_epoch"] = share * (time.perf_counter() - started)
+            estimator = self._estimator(probe)
+            estimator.estimate(middle)
+            started = time.perf_counter()
+            estimator.estimate(middle)
+            speed["trial"] = time.perf_counter() - started
+        finally:
+            torch.set_num_threads(threads)
+        return speed
+
+    def _estimator(self, family: Family) -> Estimator:
+        if self.own_estimator is not None:
+            return self.own_estimator
+        if self.shared:
+            return OneShot(family, self.task, seed=self.seed)
+        return Trained(family, self.task, replace(self.recipe, epochs=3), seed=self.seed)
+
+    def train_shared(self) -> None:
+        """Trains the supernet; a checkpoint every epoch, so a killed run goes on."""
+        if not self.shared:
+            return
+        self.show.phase("training the supernet", self.plan.supernet_epochs)
+        recipe = replace(self.recipe, epochs=self.plan.supernet_epochs)
+        train.train_supernet(
+            self.family,
+            self.task,
+            recipe,
+            derive(self.seed, "supernet"),
+            checkpoint=self.study.folder / "supernet.safetensors",
+            progress=self.show.step,
+        )
+
+    def explore(self, strategy: str, phase: str) -> list[Trial]:
+        """One search over the space; every trial is recorded."""
+        self.show.phase(f"{phase}: {strategy}", self.plan.trials)
+        done = 0
+        best = -float("inf")
+        sign = 1.0 if self.quality.goal == "max" else -1.0
+
+        def on_trial(trial: Trial) -> None:
+            nonlocal done, best
+            done += 1
+            reading = trial.metrics.get(self.quality.name)
+            value = -float("inf") if reading is None else sign * reading.value
+            if phase == "search" and value > best:
+                best = value
+                self.show.best(self._summary(trial.metrics))
+            self.show.step(done, self.plan.trials)
+
+        trials = self.study.search(
+            phase,
+            self.problem,
+            strategies.make(strategy, self.family.space, derive(self.seed, phase) % 2**32),
+            Score(self._estimator(self.family)),
+            trials=self.plan.trials,
+            batch=self.plan.population,
+            executor=self.executor(),
+            price=self.pricing,
+            on_trial=on_trial,
+        )
+        if not any(t.state == "done" for t in trials):
+            raise BudgetError(
+                f"{strategy} found no candidate within {', '.join(map(str, self.limits))} "
+                f"in {self.plan.trials} trials: raise a limit or the number of trials"
+            )
+        return trials
+
+    def _summary(self, metrics: dict[str, Reading]) -> str:
+        shown = [self.quality.name, *(x.metric for x in self.limits)] or [self.axis]
+        return ", ".join(
+            f"{n} {metrics[n].value:.4g} ({metrics[n].how})" for n in shown if n in metrics
+        )
+
+    # --- from trials to finalists ----------------------------------------------------------
+
+    def price(self, candidate: Candidate) -> dict[str, Reading]:
+        """Every counted or predicted cost of one candidate."""
+        return self.pricing(self.family.space.encode([candidate])).readings()[0]
+
+    def measured(self, candidate: Candidate, network: torch.nn.Module | None, key: str) -> Reading:
+        """The latency on the real runtime, measured once a study and key, then read."""
+
+        def measure() -> dict[str, Any]:
+            built = self.family.build(candidate) if network is None else network
+            timing = self.runtime.measure(built.eval(), self.family.example(self.runtime.batch))
+            return {
+                "value": timing.median_ms,
+                "spread": timing.spread * timing.median_ms,
+                "p90": timing.p90_ms,
+                "runs": timing.runs,
+                "busy": timing.busy,
+            }
+
+        got = self.study.once(f"{key}/{candidate.id}", measure)
+        return Reading(got["value"], "ms", "measured", "", got["spread"])
+
+    def keeps(self, readings: dict[str, Reading], margin: float = 1.0) -> bool:
+        """Whether the readings keep every limit; measured latency within `margin` of its own."""
+        for limit in self.limits:
+            bound = limit.bound
+            if readings[limit.metric].how == "measured" and limit.op == "<=":
+                bound *= margin
+            if replace(limit, bound=bound).violation([readings[limit.metric].value])[0] > 0:
+                return False
+        return True
+
+    def first_within(
+        self, candidates: Iterable[Candidate], count: int, taken: Sequence[Candidate] = ()
+    ) -> list[Candidate]:
+        """The first `count` candidates that keep the limits as measured on the real runtime."""
+        out: list[Candidate] = []
+        near: list[Candidate] = []
+        slow = 1.0
+        tried = 0
+        for candidate in candidates:
+            if len(out) >= count or tried >= _MEASURED_AT_MOST:
+                break
+            if candidate in taken or candidate in out:
+                continue
+            price = self.price(candidate)
+            guess = {**price, "latency_ms": replace(price["latency_ms"], how="predicted")}
+            scaled = replace(guess["latency_ms"], value=guess["latency_ms"].value * slow)
+            if tried >= 4 and not self.keeps({**guess, "latency_ms": scaled}):
+                continue
+            tried += 1
+            reading = self.measured(candidate, None, "latency")
+            if tried <= 4:
+                slow = max(slow * 0.5 + 0.5 * reading.value / price["latency_ms"].value, 0.5)
+            with_measured = {**price, "latency_ms": reading}
+            if self.keeps(with_measured, _MARGIN):
+                out.append(candidate)
+            elif self.keeps(with_measured):
+                near.append(candidate)
+        return (out + near)[:count]
+
+    def ordered(self, trials: Sequence[Trial]) -> list[Candidate]:
+        """Trials that keep the limits as predicted, the best estimate first, cheap before dear."""
+        sign = -1.0 if self.quality.goal == "max" else 1.0
+        done = [t for t in trials if t.state == "done" and not t.violation]
+        done.sort(
+            key=lambda t: (
+                sign * t.metrics[self.quality.name].value,
+                t.metrics[self.axis].value,
+                t.position,
+            )
+        )
+        return [t.candidate for t in done]
+
+    def select(self, searched: Sequence[Trial], random: Sequence[Trial]) -> dict[str, list[Any]]:
+        """Who is trained to the end: the best found, cheaper ones on the front, the baselines."""
+        self.show.phase("measuring finalists on the real runtime", 1)
+        top = self.first_within(self.ordered(searched), self.plan.finalists)
+        if not top:
+            top = self._smallest_within(searched)
+        cheaper = self._cheaper(searched, top)
+        hand = self.first_within(self._hand(), 1)
+        by_chance = self.first_within(self.ordered(random), self.plan.finalists)
+        return {"search": top, "cheaper": cheaper, "hand": hand, "random": by_chance}
+
+    def _smallest_within(self, trials: Sequence[Trial]) -> list[Candidate]:
+        rising = sorted(
+            (t for t in trials if t.state == "done"), key=lambda t: t.metrics["latency_ms"].value
+        )
+        found = self.first_within([t.candidate for t in rising], 1)
+        if found:
+            return found
+        least = self.measured(rising[0].candidate, None, "latency")
+        raise BudgetError(
+            f"no candidate keeps {', '.join(map(str, self.limits))} as measured: the cheapest of "
+            f"{len(rising)} trials takes {least.value:.4g} ms on {self.runtime.name}"
+        )
+
+    def _cheaper(self, trials: Sequence[Trial], top: Sequence[Candidate]) -> list[Candidate]:
+        """One front candidate at about half the cost of the best, so that the front has a slope."""
+        done = [t for t in trials if t.state == "done" and not t.violation]
+        cost = self.price(top[0])[self.axis].value
+        cheap = [t for t in done if t.metrics[self.axis].value <= 0.6 * cost]
+        return self.first_within(self.ordered(cheap), 1, taken=top)
+
+    def _hand(self) -> list[Candidate]:
+        codes: Codes = hand_scaled(self.family.space, self.family)
+        keeps = self.problem.violations(self.pricing(codes)) <= 0.05  # the table may be off
+        return self.family.space.decode(codes[keeps][::-1])
+
+    # --- to the end ------------------------------------------------------------------------
+
+    def finish(self, chosen: Sequence[Candidate]) -> dict[Candidate, tuple[str, dict[str, Reading]]]:
+        """Trains each from the supernet's weights and from scratch; keeps the better start."""
+        starts = ("supernet", "scratch") if self.shared else ("scratch",)
+        recipe = replace(self.recipe, epochs=self.plan.final_epochs)
+        best: dict[Candidate, tuple[str, dict[str, Reading]]] = {}
+        name = f"{self.quality.name}_validation"
+        sign = 1.0 if self.quality.goal == "max" else -1.0
+        for start in starts:
+            self.show.phase(f"training to the end, from {start}", len(chosen))
+            done = 0
+
+            def on_trial(trial: Trial) -> None:
+                nonlocal done
+                done += 1
+                self.show.step(done, len(chosen))
+
+            used = replace(recipe, lr=recipe.lr * 0.5) if start == "supernet" else recipe
+            work = Finish(self.family, self.task, used, self.seed, start, self.study.folder)  # type: ignore[arg-type]
+            for trial in self.study.map(
+                f"final from {start}", list(chosen), work, executor=self.executor(), on_trial=on_trial
+            ):
+                if trial.state != "done":
+                    continue
+                value = sign * trial.metrics[name].value
+                old = best.get(trial.candidate)
+                if old is None or value > sign * old[1][name].value:
+                    best[trial.candidate] = (start, trial.metrics)
+        return best
+
+    def entry(self, candidate: Candidate, name: str, start: str, final: dict[str, Reading]) -> Entry:
+        """Measures the trained network, tests it once, and puts all its numbers together."""
+        weights = weights_path(self.study.folder, candidate, start)
+        network = trained_network(self.family, candidate, weights)
+        metrics = dict(self.price(candidate))
+        metrics["latency_ms_predicted"] = metrics["latency_ms"]
+        metrics["latency_ms"] = self._settled(candidate, network)
+        metrics.update(final)
+        tested = self.study.once(
+            f"test/{candidate.id}/{start}", lambda: train.evaluate(network, self.task, "test")
+        )
+        for metric in self.task.metrics:
+            if metric.name in tested:
+                metrics[metric.name] = Reading(
+                    tested[metric.name], metric.unit, "measured", "test"
+                )
+        return Entry(candidate, name, metrics, start)
+
+    def _settled(self, candidate: Candidate, network: torch.nn.Module) -> Reading:
+        """The trained network's latency; where it lands over the limit and the first measurement
+        did not, the median of four decides."""
+        reading = self.measured(candidate, network, "latency-trained")
+        price = self.price(candidate)
+        if self.keeps({**price, "latency_ms": reading}):
+            return reading
+        again = [self.measured(candidate, network, f"latency-trained-{i}") for i in range(2)]
+        all_four = sorted([self.measured(candidate, None, "latency"), reading, *again], key=lambda r: r.value)
+        middle = all_four[1:3]
+        value = sum(r.value for r in middle) / 2
+        return replace(reading, value=value, spread=all_four[-1].value - all_four[0].value)
+
+    def non_dominated(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The front of trained, measured entries by validation quality and measured cost."""
+        sign = -1.0 if self.quality.goal == "max" else 1.0
+        import numpy as np
+
+        values = np.array(
+            [
+                [sign * e.metrics[f"{self.quality.name}_validation"].value, e.metrics[self.axis].value]
+                for e in entries
+            ]
+        )
+        return [entries[i] for i in front(values)]

@@ -1,0 +1,192 @@
+"""The result of a search as plain JSON: what the report draws and what scripts read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from espalier.costs import layers
+from espalier.flows.machine import machine, versions
+from espalier.study import Trial
+
+if TYPE_CHECKING:
+    from espalier.flows.found import Found
+    from espalier.flows.job import Entry, Job
+
+
+def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float) -> dict[str, Any]:
+    """Everything about a finished search, with how each number was obtained."""
+    table = [trial_row(job, t) for t in trials]
+    phases = job.study.phase_seconds()
+    return {
+        "espalier": versions()["espalier"],
+        "title": f"{job.family.name} for {job.task.name}",
+        "question": question(job),
+        "best": entry_json(found.best),
+        "front": [entry_json(e) for e in found.front],
+        "baselines": [entry_json(e) for e in found.baselines],
+        "supernet": {"epochs": job.plan.supernet_epochs} if job.shared else {},
+        "plan": job.plan.to_json(),
+        "budget": {
+            "asked": str(job.budget),
+            "seconds": round(sum(phases.values()), 2),
+            "trials": sum(t.phase == "search" for t in trials),
+            "kept": {x.metric: job.keeps(found.best.metrics) for x in job.limits},
+        },
+        "seconds": {**{k: round(v, 2) for k, v in phases.items()}, "this_run": round(seconds, 2)},
+        "files": {},
+        "progress": progress(job, trials),
+        "trials": table,
+        "latency": job.predicted.error,
+        "decisions": decision_effects(job, trials),
+        "network": network_rows(job, found),
+        "notes": [*job.study.notes, *verdicts(job, found)],
+        "reproduce": reproduce(job),
+    }
+
+
+def question(job: Job) -> dict[str, Any]:
+    """What was asked: task, family, limits, runtime, machine, seed, budget."""
+    return {
+        "task": {
+            "name": job.task.name,
+            "classes": job.task.classes,
+            "shape": list(job.task.shape),
+            **{split: job.task.size(split) for split in ("train", "validation", "test")},
+        },
+        "family": {
+            "name": job.family.name,
+            "size": float(job.family.space.size),
+            "decisions": job.family.space.to_json()["decisions"],
+        },
+        "limits": [
+            {
+                "metric": x.metric,
+                "op": x.op,
+                "bound": x.bound,
+                "unit": job.pricing.metrics[x.metric].unit,
+            }
+            for x in job.limits
+        ],
+        "runtime": job.runtime.about(),
+        "machine": machine(),
+        "seed": job.seed,
+        "budget": str(job.budget),
+    }
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """One trained candidate with all its readings."""
+    return {
+        "id": entry.candidate.id,
+        "name": entry.name,
+        "candidate": entry.candidate.to_json(),
+        "metrics": {k: r.to_json() for k, r in entry.metrics.items()},
+        "start": entry.start,
+    }
+
+
+def trial_row(job: Job, trial: Trial) -> dict[str, Any]:
+    """One trial, flat: what the scatter of the report needs."""
+    return {
+        "id": trial.id,
+        "phase": trial.phase,
+        "candidate": trial.candidate.to_json(),
+        "state": trial.state,
+        "violation": trial.violation,
+        **{k: r.value for k, r in trial.metrics.items()},
+    }
+
+
+def progress(job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The best estimate so far, over trials, for each phase."""
+    sign = 1.0 if job.quality.goal == "max" else -1.0
+    rows = []
+    for phase in dict.fromkeys(t.phase for t in trials):
+        best, spent = -np.inf, 0.0
+        for count, trial in enumerate((t for t in trials if t.phase == phase), 1):
+            spent += trial.seconds or 0.0
+            if trial.state == "done" and not trial.violation:
+                best = max(best, sign * trial.metrics[job.quality.name].value)
+            if np.isfinite(best):
+                rows.append(
+                    {"phase": phase, "trial": count, "seconds": round(spent, 3), "best": sign * best}
+                )
+    return rows
+
+
+def decision_effects(job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """What each option does: mean quality and cost of the random trials that chose it, less the
+    mean of all. Random trials only: those of a search are biased to what it likes."""
+    done = [t for t in trials if t.state == "done" and t.phase == "random"]
+    if not done:
+        return []
+    quality = np.array([t.metrics[job.quality.name].value for t in done])
+    cost = np.array([t.metrics[job.axis].value for t in done])
+    rows = []
+    for decision in job.family.space.decisions:
+        chosen = [t.candidate.get(decision.name) for t in done]
+        for option in sorted({c for c in chosen if c is not None}, key=lambda o: (str(type(o)), o)):
+            mask = np.array([c == option for c in chosen])
+            if 3 <= mask.sum() < len(done):
+                rows.append(
+                    {
+                        "decision": decision.name,
+                        "option": option,
+                        "n": int(mask.sum()),
+                        "accuracy": float(quality[mask].mean() - quality.mean()),
+                        "cost": float(cost[mask].mean() - cost.mean()),
+                    }
+                )
+    return rows
+
+
+def network_rows(job: Job, found: Found) -> list[dict[str, Any]]:
+    """The chosen network layer by layer, with the stage each layer belongs to."""
+    rows = []
+    for row in layers(found.network(), job.family.example()):
+        stage = str(row["name"]).rsplit(".", 1)[0] if "." in str(row["name"]) else str(row["name"])
+        rows.append({"stage": stage, "latency_ms": None, **row})
+    return rows
+
+
+def verdicts(job: Job, found: Found) -> list[str]:
+    """Plain words where a baseline is not worse than what was found."""
+    sign = 1.0 if job.quality.goal == "max" else -1.0
+    name = job.quality.name
+    ours = sign * found.best.metrics[name].value
+    notes = []
+    for other in found.baselines:
+        theirs = sign * other.metrics[name].value
+        if theirs >= ours:
+            word = "equals" if theirs == ours else "beats"
+            notes.append(
+                f"{other.name} {word} the found network on test {name}: "
+                f"{other.metrics[name].value:.4f} against {found.best.metrics[name].value:.4f}."
+            )
+    return notes
+
+
+def reproduce(job: Job) -> dict[str, Any]:
+    """The command and the Python that run this search again."""
+    within = {x.metric: f"{x.op} {x.bound:g}" for x in job.limits}
+    flags = " ".join(f"--max {x.metric}={x.bound:g}" for x in job.limits if x.op == "<=")
+    command = (
+        f"espalier search --task {shlex.quote(job.task.name)} --family {job.family.name} {flags} "
+        f"--budget {shlex.quote(str(job.budget).replace(' ', ''))} --seed {job.seed} "
+        f"--strategy {job.strategy} --workers {job.workers}"
+    )
+    python = (
+        f"esp.search({job.family.name!r}, {job.task.name!r}, within={within!r}, "
+        f"on=esp.costs.{job.runtime!r}, budget={str(job.budget)!r}, seed={job.seed})"
+    )
+    return {
+        "command": command,
+        "python": python,
+        "versions": versions(),
+        "recipe": asdict(job.recipe),
+    }

@@ -1,0 +1,221 @@
+"""The main job: a family, a task and a budget go in, the network that fits comes out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from espalier import nets, tasks
+from espalier.costs import Cost, Counts, OnnxRuntime, PredictedLatency
+from espalier.errors import EspalierError
+from espalier.estimators import Estimator
+from espalier.flows.found import Found
+from espalier.flows.job import Entry, Job
+from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
+from espalier.flows.progress import Display, Silent
+from espalier.nets import Family
+from espalier.problem import Limit, Limits, SearchBudget, limits
+from espalier.solvers import strategies
+from espalier.study import Study
+from espalier.tasks import Task
+from espalier.train import Recipe
+
+FamilyLike = Family | str | Callable[[tuple[int, ...], int], Family]
+CostLike = Cost | Callable[[Family], Cost]
+
+
+def search(
+    family: FamilyLike,
+    task: Task | str,
+    *,
+    within: Limits | Sequence[Limit] | None = None,
+    on: OnnxRuntime | None = None,
+    budget: str | float | SearchBudget = "2min",
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    workers: int = 0,
+    strategy: str = "nsga2",
+    estimator: Estimator | None = None,
+    costs: Sequence[CostLike] = (),
+    recipe: Recipe | None = None,
+    progress: Display | None = None,
+) -> Found:
+    """Finds the network of a family that does a task best within limits measured on a device.
+
+    The flow: what breaks a limit is refused by counted and predicted cost; a supernet is trained
+    once (families that share weights) and `strategy` searches on its accuracy; random search gets
+    the same trials on the same supernet; the best of both, and the family scaled by hand, are
+    measured on the runtime, trained to the end by one recipe, measured again, and tested once.
+
+    - `family`: a family, its name ("mobilenet", "resnet"), or a callable `(shape, classes)`.
+    - `task`: a task, or a name such as "digits" or "cifar10:size=16".
+    - `within`: limits, several at once: `{"latency_ms": 0.8, "params": "60k", "macs": "<= 2M"}`.
+    - `on`: the runtime that latency is measured on.
+    - `budget`: what the search may spend: "2min", "500 trials", or both.
+    - `workers`: processes that score and train; 0 works in this one. The result is the same.
+    - `costs`: own costs, or callables that make one from the family.
+    - `out`: the study's folder; a new one under `runs/` when absent. `resume` goes on from it.
+
+    Raises `EspalierError` with one line for bad input or a budget that can't be kept. Ctrl-C ends
+    cleanly; call again with `resume=True` and the same arguments.
+    """
+    task = tasks.make(task) if isinstance(task, str) else task
+    made = _family(family, task)
+    spent = SearchBudget.parse(budget)
+    if strategy not in strategies.STRATEGIES:
+        strategies.make(strategy, made.space, seed)  # raises, naming the nearest
+    runtime = on or OnnxRuntime()
+    folder = Path(out) if out is not None else _free_folder(task, made)
+    show = progress or Silent()
+    own = tuple(c if isinstance(c, Cost) else c(made) for c in costs)
+    counts = Counts(made)
+    asked = limits(within)
+    _check_limits(asked, [counts, *own], made, task, seed)
+    identity = _identity(made, task, asked, runtime, strategy, estimator, seed)
+    settings = {"budget": str(spent), "workers": workers}
+    if resume:
+        study = Study.resume(folder, identity)
+    else:
+        study = Study.create(folder, identity, settings, seed)
+    with study, show:
+        for text in study.notes:
+            show.note(text)
+        job = Job(
+            made, task, asked, runtime, study, strategy, seed, workers, spent,
+            recipe or Recipe(), show, own, estimator,
+        )  # fmt: skip
+        return _run(job, counts)
+
+
+def _run(job: Job, counts: Counts) -> Found:
+    study, show = job.study, job.show
+    started = time.time()
+    torch.manual_seed(job.seed)
+    with _phase(job, "calibrate"):
+        show.phase("calibrating latency on this machine", 1)
+        fresh = PredictedLatency(job.family, job.runtime)
+        table = study.once(
+            "latency table", lambda: fresh.calibrate(seed=job.seed, progress=show.step)
+        )
+        job.predicted = PredictedLatency.from_json(job.family, job.runtime, table)
+        job.pricing = Pricing(job.family.space, [counts, job.predicted, *job.own_costs])
+        job.limits = resolve(job.limits, job.pricing)
+        check_reach(job.limits, job.pricing, job.family.name, job.seed)
+        job.decide_plan()
+    with _phase(job, "supernet"):
+        job.train_shared()
+    with _phase(job, "search"):
+        searched = job.explore(job.strategy, "search")
+    with _phase(job, "random"):
+        by_chance = job.explore("random", "random")
+    with _phase(job, "final"):
+        chosen = job.select(searched, by_chance)
+        everyone = list(dict.fromkeys(itertools.chain(*chosen.values())))
+        finals = job.finish(everyone)
+        show.phase("measuring and testing the trained networks", len(finals))
+        entries = {c: job.entry(c, "", start, m) for c, (start, m) in finals.items()}
+    return Found.settle(job, chosen, entries, [*searched, *by_chance], time.time() - started)
+
+
+@contextmanager
+def _phase(job: Job, name: str) -> Iterator[None]:
+    """Times a phase; the seconds of all runs of a study are added up."""
+    started = time.time()
+    try:
+        yield
+    finally:
+        job.seconds[name] = job.seconds.get(name, 0.0) + time.time() - started
+        job.study.event("phase", name=name, seconds=time.time() - started)
+
+
+def _family(family: FamilyLike, task: Task) -> Family:
+    if isinstance(family, str):
+        return nets.make(family, task.shape, task.classes)
+    made = family if hasattr(family, "space") and not isinstance(family, type) else None
+    if made is None:
+        made = family(task.shape, task.classes)  # type: ignore[operator]
+    for ours, theirs, what in (
+        (tuple(made.shape), tuple(task.shape), "shape"),
+        (made.classes, task.classes, "classes"),
+    ):
+        if ours != theirs:
+            raise EspalierError(
+                f"the family's {what} {ours} must be the task's: {task.name} has {theirs}; "
+                f"make the family with {what}={theirs}"
+            )
+    return made  # type: ignore[return-value]
+
+
+def _check_limits(
+    asked: Sequence[Limit], costs: Sequence[Cost], family: Family, task: Task, seed: int
+) -> None:
+    """Refuses what can be refused before anything is calibrated: names, and counted limits."""
+    counted = Pricing(family.space, costs)
+    latency = [x for x in asked if x.metric == "latency_ms"]
+    others = [x for x in asked if x.metric != "latency_ms"]
+    known = Pricing(family.space, [*costs, _LatencyName()])
+    check_names(asked, known, task.metrics)
+    if not any(x.relative for x in others):
+        check_reach(others, counted, family.name, seed)
+    del latency
+
+
+class _LatencyName(Cost):
+    """Stands for the latency, which is not calibrated yet, when names are checked."""
+
+    metrics = PredictedLatency.metrics
+
+    def estimate(self, candidates: Any) -> Any:
+        """Never called: only the name is needed."""
+        raise NotImplementedError
+
+
+def _identity(
+    family: Family,
+    task: Task,
+    asked: Sequence[Limit],
+    runtime: OnnxRuntime,
+    strategy: str,
+    estimator: Estimator | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What must be the same when a study is resumed."""
+    kind = type(family)
+    return {
+        "family": f"{kind.__module__}.{kind.__qualname__}",
+        "shape": list(family.shape),
+        "classes": family.classes,
+        "space": family.space.fingerprint,
+        "decisions": family.space.to_json(),
+        "task": task.name,
+        "data": task.fingerprint,
+        "limits": [str(x) for x in asked],
+        "runtime": _plain(runtime),
+        "strategy": strategy,
+        "estimator": "default" if estimator is None else type(estimator).__qualname__,
+        "seed": seed,
+    }
+
+
+def _plain(runtime: OnnxRuntime) -> Mapping[str, Any]:
+    from dataclasses import asdict
+
+    return {k: v for k, v in asdict(runtime).items() if isinstance(v, (str, int, float, bool))}
+
+
+def _free_folder(task: Task, family: Family) -> Path:
+    for i in itertools.count(1):
+        folder = Path("runs") / f"{task.name}-{family.name}-{i}"
+        if not folder.exists():
+            return folder
+    raise AssertionError("unreachable")
+
+
+__all__ = ["Entry", "Found", "search"]
