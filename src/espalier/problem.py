@@ -109,10 +109,11 @@ class Metrics:
 
     def __or__(self, other: Metrics) -> Metrics:
         """The columns of both, for the same candidates; `other` wins where a name is in both."""
+        mine = {k: v for k, v in self._spread.items() if k not in other}
         return Metrics(
             {**self._columns, **other._columns},
             {**self.about, **other.about}.values(),
-            {**self._spread, **other._spread},
+            {**mine, **other._spread},
         )
 
     def readings(self) -> list[dict[str, Reading]]:
@@ -129,10 +130,14 @@ class Metrics:
 
     @classmethod
     def concat(cls, parts: Sequence[Metrics]) -> Metrics:
-        """The rows of several batches, one below the other; all must have the same columns."""
+        """The rows of several batches, one below the other; all must have the same columns.
+
+        A spread is kept where every part has it.
+        """
         first = parts[0]
         columns = {k: np.concatenate([p[k] for p in parts]) for k in first}
-        spread = {k: np.concatenate([p._spread[k] for p in parts]) for k in first._spread}
+        known = [k for k in first._spread if all(k in p._spread for p in parts)]
+        spread = {k: np.concatenate([p._spread[k] for p in parts]) for k in known}
         return cls(columns, first.about.values(), spread)
 
 
@@ -149,7 +154,9 @@ _BYTES = {
     "gib": 2.0**30,
 }
 _TIME_MS = {"ns": 1e-6, "us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
-_QUANTITY = re.compile(r"^\s*(<=|>=|<|>|=<|=>)?\s*([0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*$")
+_QUANTITY = re.compile(
+    r"^\s*(<=|>=|<|>|=<|=>)?\s*([0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(%|[a-zA-Zµ]*)\s*$"
+)
 
 
 @dataclass(frozen=True)
@@ -197,8 +204,8 @@ def quantity(text: str | float, metric: str = "") -> tuple[str, float, bool]:
             "like 0.8, 60k, '<= 2M', 1.5MB, 800us or 60%"
         )
     op, number, unit = match.group(1) or "", float(match.group(2)), match.group(3)
-    if number <= 0:
-        raise BudgetError(f"limit on {metric!r} must be above 0, got {text!r}")
+    if not math.isfinite(number) or number <= 0:
+        raise BudgetError(f"limit on {metric!r} must be a finite number above 0, got {text!r}")
     if unit == "%":
         return op, number / 100, True
     table = dict(_FACTOR)
@@ -232,7 +239,9 @@ def limits(within: Limits | Iterable[Limit] | None) -> tuple[Limit, ...]:
     return tuple(out)
 
 
-_DURATION = re.compile(r"^([0-9]*\.?[0-9]+)\s*(s|sec|secs|second|seconds|m|min|mins|minute|minutes|h|hour|hours|trial|trials)$")
+_DURATION = re.compile(
+    r"^([0-9]*\.?[0-9]+)\s*(s|sec|secs|second|seconds|m|min|mins|minute|minutes|h|hour|hours|trial|trials)$"
+)
 
 
 @dataclass(frozen=True)
@@ -257,6 +266,10 @@ class SearchBudget:
             if not match or float(match.group(1)) <= 0:
                 raise BudgetError(f"{rule}, got {text!r}")
             value, unit = float(match.group(1)), match.group(2)
+            if (trials if unit.startswith("trial") else seconds) is not None:
+                raise BudgetError(
+                    f"{rule}: at most one time and one number of trials, got {text!r}"
+                )
             if unit.startswith("trial"):
                 trials = int(value)
                 if trials != value or trials < 1:
@@ -307,22 +320,31 @@ def ranks(values: Array, violations: Array | None = None) -> NDArray[np.int64]:
     """Non-domination ranks `(n,)`, 0 best, with constraint domination (Deb et al., 2002).
 
     A row that keeps the limits is before every row that breaks them; rows that break them are
-    ordered by how much. Takes O(n^2 m) time.
+    ordered by how much. A row without values (NaN) that breaks no limit failed: it comes last,
+    and so does a NaN violation. Takes O(n^2 m) time and O(n^2) memory.
     """
     n = len(values)
     out = np.full(n, -1, dtype=np.int64)
-    broken = np.zeros(n) if violations is None else np.asarray(violations, dtype=float)
+    if n == 0:
+        return out
+    v = np.asarray(values, dtype=float).reshape(n, -1)
+    broken = np.zeros(n) if violations is None else np.array(violations, dtype=float)
+    broken[np.isnan(broken) | ((broken <= 0) & np.isnan(v).any(axis=1))] = np.inf
     ok = np.flatnonzero(broken <= 0)
-    v = np.asarray(values, dtype=float)[ok]
-    no_worse = (v[:, None, :] <= v[None, :, :]).all(-1)
-    better = (v[:, None, :] < v[None, :, :]).any(-1)
+    v = v[ok]
+    no_worse = np.ones((len(ok), len(ok)), dtype=bool)
+    better = np.zeros((len(ok), len(ok)), dtype=bool)
+    for column in v.T:  # one objective at a time: the pairs are held once, not once an objective
+        no_worse &= column[:, None] <= column
+        better |= column[:, None] < column
     beats = no_worse & better
-    left = np.ones(len(ok), dtype=bool)
+    beaten_by = beats.sum(axis=0)
     rank = 0
-    while left.any():
-        front = left & ~(beats[left].any(0))
-        out[ok[front]] = rank
-        left &= ~front
+    while (beaten_by == 0).any():
+        level_rows = np.flatnonzero(beaten_by == 0)
+        out[ok[level_rows]] = rank
+        beaten_by -= beats[level_rows].sum(axis=0)
+        beaten_by[level_rows] = -1  # placed
         rank += 1
     for level in np.unique(broken[broken > 0]):
         out[broken == level] = rank
@@ -331,18 +353,25 @@ def ranks(values: Array, violations: Array | None = None) -> NDArray[np.int64]:
 
 
 def front(values: Array, violations: Array | None = None) -> NDArray[np.int64]:
-    """Indices of the rows that no other dominates, best first objective first."""
-    if len(values) == 0:
+    """Indices of the rows that no other dominates, best first objective first.
+
+    Rows without values (NaN) are never in it. Where every row breaks a limit, it is the row that
+    breaks them least.
+    """
+    v = np.asarray(values, dtype=float)
+    known = np.flatnonzero(~np.isnan(v).any(axis=1)) if len(v) else np.zeros(0, dtype=np.int64)
+    if len(known) == 0:
         return np.zeros(0, dtype=np.int64)
-    best = np.flatnonzero(ranks(values, violations) == 0)
-    return best[np.lexsort(np.asarray(values)[best].T[::-1])]
+    broken = None if violations is None else np.asarray(violations, dtype=float)[known]
+    best = known[ranks(v[known], broken) == 0]
+    return best[np.lexsort(v[best].T[::-1])]
 
 
 def crowding(values: Array) -> Array:
     """Crowding distance `(n,)` within one front (Deb et al., 2002); the ends are infinite."""
     n, m = values.shape
     out = np.zeros(n)
-    for j in range(m):
+    for j in range(m if n else 0):
         order = np.argsort(values[:, j], kind="stable")
         column = values[order, j]
         out[order[0]] = out[order[-1]] = np.inf
@@ -358,8 +387,10 @@ def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
     Slices along the last objective (HSO; While et al., 2006); meant for fronts of up to a few
     hundred points in 2 to 4 dimensions. Rows beyond the reference add nothing.
     """
-    v = np.atleast_2d(np.asarray(values, dtype=float))
     ref = np.asarray(reference, dtype=float)
+    v = np.atleast_2d(np.asarray(values, dtype=float))
+    if v.size == 0:
+        return 0.0
     v = v[(v < ref).all(axis=1)]
     if len(v) == 0:
         return 0.0

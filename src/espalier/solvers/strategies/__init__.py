@@ -1,0 +1,42 @@
+"""Strategies propose candidates and learn from how they did: batched ask and tell.
+
+`make("nsga2", space, seed=0)` makes one by name; `STRATEGIES` lists the names. A strategy's file is
+imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from espalier.errors import EspalierError, unknown
+from espalier.solvers.strategies.strategy import Strategy
+from espalier.space import Space
+
+if TYPE_CHECKING:
+    from espalier.solvers.strategies.evolution import Evolution
+    from espalier.solvers.strategies.nsga2 import NSGA2
+    from espalier.solvers.strategies.random import Random
+
+_CLASSES = {"Evolution": "evolution", "NSGA2": "nsga2", "Random": "random"}
+STRATEGIES: dict[str, str] = {"random": "Random", "evolution": "Evolution", "nsga2": "NSGA2"}
+
+
+def make(name: str, space: Space, seed: int = 0, **options: Any) -> Strategy:
+    """The strategy of a name, over a space. `options` go to its class.
+
+    Raises `EspalierError` for a name that is not in `STRATEGIES`.
+    """
+    if name not in STRATEGIES:
+        raise EspalierError(unknown("strategy", name, STRATEGIES))
+    made: Strategy = __getattr__(STRATEGIES[name])(space, seed, **options)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_CLASSES[name]}"), name)
+
+
+__all__ = ["NSGA2", "STRATEGIES", "Evolution", "Random", "Strategy", "make"]

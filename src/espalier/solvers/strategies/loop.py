@@ -1,0 +1,118 @@
+"""The evolution loop: a population, and three slots that decide what happens to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from espalier.errors import EspalierError
+from espalier.solvers.strategies.fresh import Seen
+from espalier.solvers.strategies.population import Population
+from espalier.solvers.strategies.slots import Select, Survive, Vary
+from espalier.solvers.strategies.strategy import Array, Codes, Strategy
+from espalier.space import Space
+
+_SMALL_BATCH = 8
+_DEFAULT_POPULATION = 20
+
+
+class EvolutionLoop(Strategy):
+    """Evolution in any batch size: the first `population` asked are the space's two corners (all
+    decisions at their first, all at their last option) and random rows; every later row is a child.
+
+    Without `population` it is the size of the first batch, or 20 where that is below 8. The
+    corners are there for tight budgets: one of them is usually among the cheapest candidates.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        space: Space,
+        seed: int,
+        select: Select,
+        vary: Vary,
+        survive: Survive,
+        population: int | None = None,
+    ) -> None:
+        super().__init__(space, seed)
+        if population is not None and population < 2:
+            raise EspalierError(f"a population has at least 2 members, got {population}")
+        self.select, self.vary, self.survive = select, vary, survive
+        self.size = population
+        self.members: Population | None = None
+        self._seen = Seen(space)
+        self._asked = 0
+
+    def ask(self, n: int) -> Codes:
+        """The next n candidates as codes; fewer when the space has no others."""
+        if self.size is None:
+            self.size = n if n >= _SMALL_BATCH else _DEFAULT_POPULATION
+        first = min(n, max(self.size - self._asked, 0))
+        if self.members is None:
+            first = n  # nothing was told yet, so there are no parents
+        parts = [self._first(first), self._children(n - first)]
+        codes = np.concatenate(parts)
+        self._asked += len(codes)
+        return codes
+
+    def _first(self, n: int) -> Codes:
+        space = self.space
+        if self._asked > 0 and len(self._seen) > 0:
+            return self._seen.fresh(n, lambda k: space.sample(k, self.rng), self.rng)
+        corners = np.concatenate([space.corner(last=False), space.corner(last=True)])
+        corners = self._seen.new(corners)[:n]
+        self._seen.add(corners)
+        more = self._seen.fresh(n - len(corners), lambda k: space.sample(k, self.rng), self.rng)
+        return np.concatenate([corners, more])
+
+    def _children(self, n: int) -> Codes:
+        members = self.members
+
+        def propose(k: int) -> Codes:
+            assert members is not None
+            # more than needed, because some were seen before
+            children = self.vary(self.space, members, self.select, k + k // 2 + 1, self.rng)
+            return self.space.canonical(children)
+
+        if n <= 0 or members is None:
+            return np.zeros((0, len(self.space)), dtype=self.space.dtype)
+        return self._seen.fresh(n, propose, self.rng)
+
+    def tell(self, codes: Codes, values: Array, violations: Array) -> None:
+        """Adds rows to the population and lets `survive` decide; a row told before is ignored."""
+        if len(codes) == 0:
+            return
+        told = Population.told(codes, values, violations)
+        known = [] if self.members is None else self.space.keys(self.members.codes).tolist()
+        keys = self.space.keys(told.codes).tolist()
+        rows = [i for i, k in enumerate(keys) if k not in known and k not in keys[:i]]
+        told = told.take(np.array(rows, dtype=np.int64))
+        self._seen.add(told.codes)
+        joined = told if self.members is None else self.members.join(told)
+        size = self.size or _DEFAULT_POPULATION
+        self.members = joined.take(self.survive(joined, size))
+
+    def state(self) -> dict[str, Any]:
+        """Population, everything seen, and the generator, as plain JSON."""
+        return {
+            "strategy": self.name,
+            "size": self.size,
+            "asked": self._asked,
+            "members": None if self.members is None else self.members.to_json(),
+            "seen": self._seen.to_json(),
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from `state()`."""
+        if state.get("strategy") != self.name:
+            raise EspalierError(
+                f"the state is of strategy {state.get('strategy')!r}, this is {self.name!r}"
+            )
+        self.size, self._asked = state["size"], state["asked"]
+        members = state["members"]
+        self.members = None if members is None else Population.from_json(members)
+        self._seen = Seen.from_json(self.space, state["seen"])
+        self.rng.bit_generator.state = state["rng"]

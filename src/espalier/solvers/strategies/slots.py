@@ -1,0 +1,119 @@
+"""What evolution is made of: how parents are chosen, how they vary, and who survives.
+
+A slot is a frozen dataclass with its numbers; an evolutionary strategy is a choice for each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.solvers.strategies.population import Index, Population
+from espalier.space import Space
+
+Codes = NDArray[Any]
+
+
+class Select(ABC):
+    """Chooses parents."""
+
+    @abstractmethod
+    def __call__(self, population: Population, n: int, rng: np.random.Generator) -> Index:
+        """The rows of n parents; a row may be chosen again."""
+
+
+@dataclass(frozen=True)
+class Tournament(Select):
+    """The best of `size` rows drawn at random, with replacement.
+
+    Best is by constraint domination, then crowding: with size 2 the crowded tournament of NSGA-II
+    (Deb et al., 2002), with one objective the tournament of regularised evolution.
+    """
+
+    size: int = 2
+
+    def __call__(self, population: Population, n: int, rng: np.random.Generator) -> Index:
+        """The winners of n tournaments."""
+        order = population.best_first
+        drawn = rng.integers(0, len(order), size=(n, self.size))  # places in the order
+        return order[drawn.min(axis=1)]
+
+
+class Vary(ABC):
+    """Makes children."""
+
+    @abstractmethod
+    def __call__(
+        self, space: Space, population: Population, select: Select, n: int, rng: np.random.Generator
+    ) -> Codes:
+        """n children as codes; they need not be new."""
+
+
+@dataclass(frozen=True)
+class Mutate(Vary):
+    """A mutated copy of one parent; `rate` is the share of decisions that change."""
+
+    rate: float | None = None
+
+    def __call__(
+        self, space: Space, population: Population, select: Select, n: int, rng: np.random.Generator
+    ) -> Codes:
+        """n mutated copies."""
+        parents = population.codes[select(population, n, rng)]
+        return space.mutate(parents, rng, self.rate)
+
+
+@dataclass(frozen=True)
+class CrossAndMutate(Vary):
+    """A child of two parents, mutated; with probability `1 - cross` a copy of one, mutated."""
+
+    cross: float = 0.9
+    rate: float | None = None
+
+    def __call__(
+        self, space: Space, population: Population, select: Select, n: int, rng: np.random.Generator
+    ) -> Codes:
+        """n children."""
+        mothers = population.codes[select(population, n, rng)]
+        fathers = population.codes[select(population, n, rng)]
+        both = rng.random(n) < self.cross
+        children = np.where(both[:, None], space.cross(mothers, fathers, rng), mothers)
+        return space.mutate(children, rng, self.rate)
+
+
+class Survive(ABC):
+    """Decides who stays."""
+
+    @abstractmethod
+    def __call__(self, population: Population, size: int) -> Index:
+        """Up to `size` rows that stay, in rising order, so that age stays the order of rows."""
+
+
+@dataclass(frozen=True)
+class Best(Survive):
+    """The best of parents and children together (elitism of NSGA-II; Deb et al., 2002)."""
+
+    def __call__(self, population: Population, size: int) -> Index:
+        """The first `size` by rank and crowding."""
+        return np.sort(population.best_first[:size])
+
+
+@dataclass(frozen=True)
+class Youngest(Survive):
+    """The youngest that keep the limits (regularised evolution; Real et al., 2019).
+
+    The published method knows no limits. Here, rows that break them never push out rows that keep
+    them: they fill the places left, the least broken first, and so lead towards feasibility.
+    """
+
+    def __call__(self, population: Population, size: int) -> Index:
+        """The last `size` kept rows; then the least broken."""
+        kept = np.flatnonzero(population.kept)[-size:]
+        broken = np.flatnonzero(~population.kept)
+        order = np.lexsort((-broken, population.violations[broken]))
+        fill = broken[order[: size - len(kept)]]
+        return np.sort(np.concatenate([kept, fill])).astype(np.int64)
