@@ -1,0 +1,92 @@
+"""Exact counts of one network: parameters, multiply-accumulates, activation memory, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from espalier.costs.record import Record, record
+
+
+@dataclass(frozen=True)
+class Count:
+    """Counts for one input (batch 1).
+
+    - `params`: parameters, tied ones once; no buffers.
+    - `macs`: multiply-accumulates of convolutions, linear layers and matrix products, attention's
+      included; biases, norms, activations and pooling are not counted.
+    - `activation_bytes`: the most memory that live activations take at once; see `peak`.
+    - `bytes`: the weights on disk: parameters and floating buffers at 4 bytes, integer buffers as
+      they are. A safetensors file has these bytes and a header; ONNX has fewer (batch-norms are
+      folded) and its graph.
+    """
+
+    params: int
+    macs: int
+    activation_bytes: int
+    bytes: int
+
+
+def count(network: nn.Module, example: Tensor) -> Count:
+    """Counts a network on the first input of `example` `(b, ...)`.
+
+    Errors: `ExportError` when the network does not run on it.
+    """
+    run = record(network, example[:1])
+    return Count(
+        params=sum(p.numel() for p in network.parameters()),
+        macs=sum(operation.macs for operation in run.operations),
+        activation_bytes=peak(run),
+        bytes=weight_bytes(network),
+    )
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of every tensor of `state_dict`, tied ones once, floating ones at 4 bytes."""
+    total, seen = 0, set()
+    for tensor in network.state_dict().values():
+        place = (tensor.untyped_storage().data_ptr(), tuple(tensor.shape), tensor.storage_offset())
+        if tensor.numel() and place not in seen:
+            seen.add(place)
+            total += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+    return total
+
+
+def peak(run: Record) -> int:
+    """Peak bytes of live activations when the operations run one after the other.
+
+    A tensor lives from the operation that makes it to the last one that reads it; input and
+    output count. Views take nothing. A pointwise operation (activation, addition, batch-norm in
+    evaluation mode) writes over an operand of the same size that nothing reads later, as runtimes
+    do. Workspaces inside an operator (im2col) are not counted.
+    """
+    last = _last_uses(run)
+    live = {s: run.sizes[s] for s in run.inputs}
+    most, now = sum(live.values()), sum(live.values())
+    for i, operation in enumerate(run.operations):
+        dying = [s for s in operation.reads if last[s] == i and s in live]
+        for new in operation.writes:
+            if new in live:
+                continue
+            room = run.sizes[new]
+            host = next((s for s in dying if live.get(s) == room), None)
+            if operation.pointwise and host is not None:
+                now -= live.pop(host)
+                dying.remove(host)
+            live[new] = room
+            now += room
+        most = max(most, now)
+        for gone in [s for s in live if last[s] <= i]:
+            now -= live.pop(gone)
+    return most
+
+
+def _last_uses(run: Record) -> dict[int, int]:
+    """Storage to the index of the last operation that touches it; outputs live beyond all."""
+    last = dict.fromkeys(run.sizes, -1)
+    for i, operation in enumerate(run.operations):
+        for storage in (*operation.reads, *operation.writes):
+            last[storage] = i
+    last.update(dict.fromkeys(run.outputs, len(run.operations)))
+    return last
