@@ -1,0 +1,76 @@
+"""How good a network is on a split, and batch-norm statistics set from training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from espalier.tasks import Split, Task
+from espalier.train.loop import channels_last
+from espalier.train.seeds import generator
+
+
+def evaluate(network: nn.Module, task: Task, split: Split, batch: int = 512) -> dict[str, float]:
+    """The task's metrics over a whole split, in fp32; the network's mode is put back."""
+    outputs, targets = [], []
+    with evaluating(network), torch.inference_mode():
+        for x, y in task.batches(split, batch):
+            outputs.append(network(channels_last(x)).float())
+            targets.append(y)
+        return task.measure(torch.cat(outputs), torch.cat(targets))
+
+
+def recalibrate(
+    network: nn.Module, task: Task, batches: int = 4, batch: int = 256, seed: int = 0
+) -> None:
+    """Sets batch-norm statistics from a few training batches, not augmented, chosen by `seed`.
+
+    Needed where weights are shared: the stored statistics are of other candidates (Yu & Huang,
+    2019).
+    """
+    if any(isinstance(m, _BatchNorm) for m in network.modules()):
+        set_statistics(network, calibration(task, batches, batch, seed))
+
+
+def calibration(task: Task, batches: int, batch: int, seed: int) -> list[Tensor]:
+    """A few training batches chosen by `seed`, for `set_statistics`."""
+    found = task.batches("train", batch, generator(seed))
+    return [channels_last(x) for x, _ in islice(found, batches)]
+
+
+def set_statistics(network: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Makes batch-norm statistics the average over `inputs`, a list of batches.
+
+    Only the norms run as in training: dropout stays off.
+    """
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    with evaluating(network):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's convention for a plain average
+            norm.train()
+        try:
+            with torch.no_grad():
+                for x in inputs:
+                    network(x)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Puts every module into evaluation mode, and back into its own mode afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
