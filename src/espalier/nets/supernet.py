@@ -1,0 +1,164 @@
+"""A supernet: one module that holds the weights of every candidate of its space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from espalier.errors import DataError, SpaceError
+from espalier.nets.collect import Layers, collect, layers, settle
+from espalier.nets.family import Family
+from espalier.nets.plain import plain
+from espalier.nets.units import Unit, Units
+from espalier.space import Candidate, Constraint, Option, Space
+
+
+def check_input(shape: Sequence[int], classes: int) -> tuple[int, int, int]:
+    """The shape of one image as three whole numbers. Errors: `DataError`."""
+    sides = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if len(sides) != 3 or any(isinstance(n, bool) or n != int(n) or n < 1 for n in sides):
+        raise DataError(
+            f"a shape is three positive whole numbers (channels, height, width), got {shape!r}"
+        )
+    if isinstance(classes, bool) or classes != int(classes) or classes < 2:
+        raise DataError(f"classes must be a whole number of at least 2, got {classes!r}")
+    return int(sides[0]), int(sides[1]), int(sides[2])
+
+
+class Supernet(nn.Module, Family):
+    """Base of networks made of elastic modules. Subclass it, put modules in it, and that is all.
+
+    The space is read off the modules. `forward` runs the children one after the other; write your
+    own where that is not what you want, but let no Python condition in it hang on a tensor.
+
+    `shape` is one input `(channels, height, width)`, without its batch dimension.
+    """
+
+    constraints: tuple[Constraint, ...] = ()
+
+    def __init__(self, shape: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.shape = check_input(shape, classes)
+        self.classes = int(classes)
+        self.name = type(self).__name__.lower()
+        self._active: Candidate | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what was worked out from the modules; it is worked out again when asked for."""
+        self._space: Space | None = None
+        self._layers: Layers | None = None
+        self._units: Units | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what can be worked out again is neither pickled nor copied
+        return {**self.__dict__, "_space": None, "_layers": None, "_units": None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+    @property
+    def space(self) -> Space:
+        """The decisions that the modules declare, with their conditions, and `constraints`."""
+        if self._space is None:
+            self._space = Space(collect(self), self.constraints)
+        return self._space
+
+    @property
+    def active(self) -> Candidate | None:
+        """What `forward` runs; None before the first `activate`, when it runs the largest."""
+        return self._active
+
+    def activate(self, candidate: Mapping[str, Option]) -> None:
+        """Makes `forward` run `candidate`, in place. Errors: `SpaceError` where it is not valid."""
+        known = self._checked(candidate)
+        settle(self._elastic(), known)
+        self._active = known
+
+    def _checked(self, candidate: Mapping[str, Option]) -> Candidate:
+        """The candidate, if it is one of this space: exactly its active decisions, valid options.
+
+        Checked here and not by the space when it is right, because this is on the hot path.
+        """
+        space = self.space
+        if not isinstance(candidate, Candidate):
+            return space.candidate(candidate)
+        known = 0
+        for decision in space.decisions:
+            active = all(candidate.get(name) in allowed for name, allowed in decision.when.items())
+            if active != (decision.name in candidate):
+                return space.candidate(candidate)
+            if active:
+                decision.code(candidate[decision.name])
+                known += 1
+        return candidate if known == len(candidate) else space.candidate(candidate)
+
+    def _elastic(self) -> Layers:
+        if self._layers is None:
+            self._layers = layers(self)
+        return self._layers
+
+    def extract(self, candidate: Mapping[str, Option] | None = None) -> fx.GraphModule:
+        """A plain network with copies of the weights that `candidate` (or the active one) uses.
+
+        Its modules are torch's own, its names those of this module. The supernet stays as it is.
+        Errors: `ExportError` where torch.fx can't trace a forward.
+        """
+        return self._plain(candidate if candidate is not None else self._running(), fresh=False)
+
+    def build(self, candidate: Mapping[str, Option]) -> fx.GraphModule:
+        """A plain network as `extract` gives, in training mode, with fresh random weights.
+
+        They come from torch's global generator: seed it.
+        """
+        return self._plain(candidate, fresh=True).train()
+
+    def _running(self) -> Candidate:
+        return self._active if self._active is not None else self.uniform(1.0)
+
+    def _plain(self, candidate: Mapping[str, Option], fresh: bool) -> fx.GraphModule:
+        network = plain(self, self._checked(candidate), fresh)
+        assert isinstance(network, fx.GraphModule)  # a Supernet is never torch's own class
+        return network
+
+    def uniform(self, scale: float) -> Candidate:
+        """The family scaled by hand: every decision at the same relative position, 0 to 1.
+
+        0 is the first option of each decision, 1 the last. Constraints are not looked at.
+        """
+        if not 0 <= scale <= 1:
+            raise SpaceError(f"a scale is a number from 0 to 1, got {scale!r}")
+        row = []
+        for decision in self.space.decisions:
+            first, last = (float(self.space.corner(end)[0, len(row)]) for end in (False, True))
+            at = first + scale * (last - first)
+            row.append(at if decision.kind == "real" else float(round(at)))
+        codes = np.array([row], dtype=self.space.dtype)
+        return self.space.decode(self.space.canonical(codes))[0]
+
+    def units(self) -> list[Unit]:
+        """The additive pieces of the network: what cost tables are made of.
+
+        Blocks of a `Repeat` and other children of the root; the whole network as one, where its
+        forward does not call each of them once with one tensor.
+        """
+        return list(self._pieces().units())
+
+    def unit(
+        self, name: str, candidate: Mapping[str, Option]
+    ) -> tuple[nn.Module, tuple[int, ...]] | None:
+        """One piece as a plain module and the shape of its input, without the batch dimension.
+
+        None where `candidate` does not run it, or where nothing is left of it.
+        """
+        return self._pieces().unit(name, self._checked(candidate))
+
+    def _pieces(self) -> Units:
+        if self._units is None:
+            self._units = Units(self)
+        return self._units
