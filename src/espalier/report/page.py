@@ -1,0 +1,85 @@
+"""The report as one HTML page that holds everything it needs and loads nothing."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from espalier.report import drawing, figures, layers, numbers, tables, verdict, words
+from espalier.report.reading import Result, plain
+
+_HEIGHTS = {"front": 480, "progress": 340, "latency": 420}
+
+
+def page(result: Result) -> str:
+    """The whole page. All text of the result is escaped; the page's own policy forbids loading."""
+    views = figures.figures(result)
+    stages = layers.stages(result.network)
+    heads, rows = tables.comparison(result)
+    return _environment().get_template("page.html.j2").render(
+        result=result,
+        verdict=verdict.verdict(result),
+        warnings=[*verdict.broken(result), *verdict.ahead(result)],
+        lead=verdict.lead(result),
+        question=words.question(result),
+        decisions=_decisions(result),
+        tiles=tables.tiles(result),
+        drawing=drawing.draw(stages),
+        stages=stages,
+        views=views,
+        heights=_HEIGHTS,
+        outside=figures.outside(result),
+        trust=tables.trust(result),
+        effects=tables.effects(result),
+        heads=heads,
+        rows=rows,
+        readings=tables.readings(result),
+        hows=words.HOW,
+        seconds=tables.seconds(result),
+        figures_json=inline_json(views),
+        # the library's own file, not text of the result
+        plotly=Markup(get_plotlyjs()) if views else "",
+        numbers=numbers,
+        words=words,
+    )  # fmt: skip
+
+
+def inline_json(value: Any) -> Markup:
+    """JSON that can stand inside a script element: no text in it can end the element."""
+    text = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)  # safe: every < > & is written as an escape
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("espalier.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _decisions(result: Result) -> list[tuple[str, str, str]]:
+    """Name, options and chosen option of every decision of the family's space."""
+    found = result.family.get("decisions")
+    out = []
+    for d in found if isinstance(found, (list, tuple)) else []:
+        if not isinstance(d, dict) or "name" not in d:
+            continue
+        options = d.get("options")
+        if isinstance(options, (list, tuple)):
+            text = ", ".join(words.option(o) for o in options)
+        else:
+            text = f"{words.option(d.get('low'))} to {words.option(d.get('high'))}"
+        chosen = result.best.candidate.get(d["name"])
+        out.append((str(d["name"]), text, words.option(chosen)))
+    return out

@@ -1,0 +1,142 @@
+"""What a reader is told about networks, metrics and the question, as short plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from espalier.report import numbers
+from espalier.report.reading import Entry, Result
+
+HOW = {
+    "counted": "Exact: counted from the network's layers.",
+    "predicted": "Summed from pieces measured on this machine, plus an overhead.",
+    "estimated": "A stand-in for full training: read with shared or briefly trained weights.",
+    "measured": "Read on the real runtime (latency), or after training to the end (accuracy).",
+}
+
+
+def option(value: Any) -> str:
+    """An option of a decision as text."""
+    if isinstance(value, float):
+        return numbers.significant(value, 4)
+    return numbers.DASH if value is None else str(value)
+
+
+def candidate(chosen: Mapping[str, Any]) -> str:
+    """A candidate on one line: "kernel=3 width=16"."""
+    return " ".join(f"{name}={option(value)}" for name, value in chosen.items())
+
+
+def how(result: Result, entry: Entry, metric: str) -> str:
+    """How one number was obtained, on what, how often: "measured on the 360 test examples"."""
+    reading = entry.reading(metric)
+    way = str(reading.get("how") or "")
+    split = str(reading.get("split") or "")
+    if split:
+        n = numbers.real(result.task.get(split))
+        examples = f"the {numbers.whole(n)} {split} examples" if n else f"the {split} split"
+        weights = {"estimated": "shared weights, ", "measured": "trained to the end, "}.get(way, "")
+        return f"{way}: {weights}{examples}" if way else examples
+    if way == "measured" and numbers.kind(metric, entry.unit(metric)) == "ms":
+        return f"measured in {runtime(result)}, the median run"
+    return {"counted": "counted, exact", "predicted": "predicted from measured pieces"}.get(
+        way, way
+    )
+
+
+def spread(entry: Entry, metric: str) -> str:
+    """The spread of a reading as "± 0.004 ms", or ''."""
+    value = numbers.real(entry.reading(metric).get("spread"))
+    if value is None:
+        return ""
+    unit = entry.unit(metric)
+    if numbers.kind(metric, unit) == "share":
+        return f"± {value * 100:.1f} points"
+    return f"± {numbers.show(value, metric, unit, digits=2, like=entry.value(metric))}"
+
+
+def start(entry: Entry) -> str:
+    """Where the training of an entry began."""
+    return {"supernet": "the supernet's weights", "scratch": "scratch"}.get(
+        entry.start, entry.start
+    )
+
+
+def question(result: Result) -> list[tuple[str, str]]:
+    """The question as terms and texts; what is not known is left out."""
+    rows = [
+        ("Task", _task(result)),
+        ("Family", _family(result)),
+        ("Limits", ", ".join(str(x) for x in result.limits) or "none"),
+        ("Latency is measured by", _runtime(result)),
+        ("Machine", _machine(result)),
+        ("Search budget", _budget(result)),
+        ("Seed", _text(result.question.get("seed"))),
+    ]
+    return [(term, text) for term, text in rows if text]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _task(result: Result) -> str:
+    task = result.task
+    parts = [str(task["name"])] if task.get("name") else []
+    if task.get("shape"):
+        parts.append(f"inputs {numbers.times(task['shape'])}")
+    if task.get("classes") is not None:
+        parts.append(f"{task['classes']} classes")
+    splits = [(s, numbers.real(task.get(s))) for s in ("train", "validation", "test")]
+    counted = [f"{numbers.whole(n)} {s}" for s, n in splits if n is not None]
+    return ", ".join([*parts, *([" / ".join(counted) + " examples"] if counted else [])])
+
+
+def _family(result: Result) -> str:
+    family = result.family
+    parts = [str(family["name"])] if family.get("name") else []
+    decisions = family.get("decisions")
+    if isinstance(decisions, (list, tuple)) and decisions:
+        parts.append(f"{len(decisions)} decisions")
+    if family.get("size") is not None:
+        parts.append(f"{numbers.whole(family['size'])} candidates")
+    return ", ".join(parts)
+
+
+def runtime(result: Result) -> str:
+    """The runtime's name as people write it, "the runtime" where it is not named."""
+    name = str(result.runtime.get("runtime") or result.runtime.get("name") or "")
+    return {"onnxruntime": "ONNX Runtime", "": "the runtime"}.get(name, name)
+
+
+def _runtime(result: Result) -> str:
+    about = result.runtime
+    if not about:
+        return ""
+    parts = [" ".join(t for t in (runtime(result), _text(about.get("version"))) if t)]
+    parts += [_text(about[k]) for k in ("device", "precision") if about.get(k)]
+    parts += [f"{k} {about[k]}" for k in ("threads", "batch") if about.get(k) is not None]
+    return ", ".join(parts)
+
+
+def _machine(result: Result) -> str:
+    m = result.machine
+    cores, memory = numbers.real(m.get("cores")), numbers.real(m.get("memory_gb"))
+    parts = [
+        _text(m.get("cpu")),
+        f"{cores:.0f} {'core' if cores == 1 else 'cores'}" if cores else "",
+        f"{memory:g} GB memory" if memory else "",
+        _text(m.get("system")),
+    ]
+    return ", ".join(p for p in parts if p)
+
+
+def _budget(result: Result) -> str:
+    asked = _text(result.question.get("budget") or result.budget.get("asked"))
+    spent, trials = numbers.real(result.budget.get("seconds")), result.budget.get("trials")
+    used = [numbers.duration(spent)] if spent is not None else []
+    if numbers.real(trials) is not None:
+        used.append(f"{numbers.whole(trials)} trials")
+    tail = f"used {' and '.join(used)}" if used else ""
+    return "; ".join(p for p in (asked, tail) if p)
