@@ -33,7 +33,11 @@ def count(network: nn.Module, example: Tensor) -> Count:
 
     Errors: `ExportError` when the network does not run on it.
     """
-    run = record(network, example[:1])
+    return counted(network, record(network, example[:1]))
+
+
+def counted(network: nn.Module, run: Record) -> Count:
+    """The counts of a network from the record of one pass."""
     return Count(
         params=sum(p.numel() for p in network.parameters()),
         macs=sum(operation.macs for operation in run.operations),

@@ -26,21 +26,27 @@ aten = torch.ops.aten
 
 @dataclass
 class Operation:
-    """One call of a torch operator. `reads` and `writes` are numbers of storages.
+    """One call of an operator. `reads` and `writes` are numbers of storages, weights left out.
 
     `layer` is the number of the module call it belongs to, -1 outside of all leaf modules.
-    `fresh` says that its output is new memory, not a view; `pointwise` that it could overwrite
-    an operand of the same size.
+    `shapes` are those of all tensors it takes, weights too; `settings` the text of what else it
+    takes; `pointwise` says that it could overwrite an operand of the same size.
     """
 
     name: str
-    layer: int
     macs: int
-    in_shape: Shape
+    shapes: tuple[Shape, ...]
     out_shape: Shape
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     pointwise: bool
+    settings: str = ""
+    layer: int = -1
+
+    @property
+    def in_shape(self) -> Shape:
+        """The shape of the first tensor it takes."""
+        return self.shapes[0] if self.shapes else ()
 
 
 @dataclass
@@ -138,7 +144,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     name=func.overloadpacket.__name__,
                     layer=self._layer,
                     macs=_macs(func.overloadpacket, args, made),
-                    in_shape=tuple(read[0].shape) if read else (),
+                    shapes=tuple(tuple(t.shape) for t in read),
+                    settings=_settings((args, kwargs)),
                     out_shape=tuple(made[0].shape),
                     reads=self._storages(read),
                     writes=self._storages(made),
@@ -168,6 +175,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _settings(tree: Any) -> str:
+    """What an operator takes besides tensors, as text: strides, paddings, constants."""
+    return " ".join("." if isinstance(x, Tensor) else str(x) for x in tree_leaves(tree))
 
 
 def _shape(tree: Any) -> Shape:

@@ -1,0 +1,279 @@
+"""The pieces that a family's networks are made of, looked up for whole arrays of codes at once.
+
+A family may offer `units()` and `unit(name, candidate)` (see `costs.UnitFamily`): then each unit is
+looked up by the few columns of the codes that decide it. Without them each network is built once
+and taken apart into its top-level children, or kept whole where these are no chain.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from espalier.costs.chain import chain
+from espalier.costs.cost import Builder
+from espalier.costs.count import Count, counted
+from espalier.costs.distinct import distinct
+from espalier.costs.record import record
+from espalier.costs.work import features, fingerprint
+from espalier.space import Candidate
+
+Codes = NDArray[Any]
+Index = NDArray[np.int64]
+
+
+class UnitLike(Protocol):
+    """A named piece and the decisions that decide its module and its input's shape."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def decisions(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class UnitFamily(Protocol):
+    """A family whose networks are chains of units, which can be had one by one."""
+
+    def units(self) -> Sequence[UnitLike]: ...
+
+    def unit(self, name: str, candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]] | None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece: its fingerprint, its counts, its work, and what is needed to make it again."""
+
+    key: str
+    count: Count
+    work: tuple[float, ...]
+    candidate: Candidate
+    unit: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One place in the network: distinct pieces, and which one each row has (-1: none)."""
+
+    pieces: list[Piece]
+    index: Index
+
+    def values(self, of: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A value for each row from a value for each piece; 0 where there is none."""
+        return np.append(of, 0.0)[self.index]
+
+
+class Pieces:
+    """All pieces of one family met so far. Shared by the costs of a family: use `pieces_of`."""
+
+    def __init__(self, family: Builder) -> None:
+        self.family = weakref.proxy(family)
+        self.space = family.space
+
+    def parts(self, codes: Codes) -> Iterator[Part]:
+        """The parts of the networks of `codes` `(n, d)`; a network is the chain of its parts."""
+        raise NotImplementedError
+
+    def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
+        """The piece as a module, and a random input (batch 1)."""
+        raise NotImplementedError
+
+    def network(self, candidate: Candidate) -> nn.Module:
+        """The whole network; torch's random generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.family.build(candidate)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, Pieces] = weakref.WeakKeyDictionary()
+
+
+def pieces_of(family: Builder) -> Pieces:
+    """The pieces of a family, made once for each family object."""
+    try:
+        if family not in _KNOWN:
+            _KNOWN[family] = _made(family)
+        return _KNOWN[family]
+    except TypeError:  # a family that can't be a key: nothing is shared
+        return _made(family)
+
+
+def _made(family: Builder) -> Pieces:
+    if isinstance(family, UnitFamily):
+        units = _Units(family)
+        if units.adds_up():
+            return units
+    return _Networks(family)
+
+
+def noise(shape: Sequence[int]) -> Tensor:
+    """A seeded random input of batch 1."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _piece(module: nn.Module, x: Tensor, candidate: Candidate, unit: str) -> Piece:
+    run = record(module, x)
+    return Piece(fingerprint(run), counted(module, run), tuple(features(run)), candidate, unit)
+
+
+class _Units(Pieces):
+    """Pieces of a family with units."""
+
+    def __init__(self, family: Any) -> None:
+        super().__init__(family)
+        self.units: list[UnitLike] = list(family.units())
+        column = {name: j for j, name in enumerate(self.space.names)}
+        self._columns = {u.name: [column[d] for d in u.decisions] for u in self.units}
+        self._found: dict[tuple[Any, ...], Piece | None] = {}
+        self._runs: dict[tuple[Any, ...], bool] = {}
+        self._gates = self._probed(self._suspects())
+
+    def adds_up(self) -> bool:
+        """Whether parts have the parameters of the whole network, on a few candidates.
+
+        Where they don't, what decides which units run was not found among the likely decisions:
+        all are tried then, before units are given up.
+        """
+        if self._sound():
+            return True
+        self._runs.clear()
+        self._found.clear()
+        self._gates = self._probed(list(range(len(self.space.names))))
+        return self._sound()
+
+    def _sound(self) -> bool:
+        rows = self.space.sample(4, np.random.default_rng(0))
+        rows = np.concatenate([self.space.corner(False), self.space.corner(True), rows])
+        rows = rows[self.space.valid(rows)]
+        total = np.zeros(len(rows))
+        for part in self.parts(rows):
+            total += part.values(np.array([p.count.params for p in part.pieces], dtype=float))
+        for candidate, params in zip(self.space.decode(rows), total, strict=True):
+            if sum(p.numel() for p in self.network(candidate).parameters()) != params:
+                return False
+        return True
+
+    def _suspects(self) -> list[int]:
+        """Columns that may decide whether a unit runs: conditions, and decisions of no unit."""
+        parents = {name for d in self.space.decisions for name in d.when}
+        claimed = {name for unit in self.units for name in unit.decisions}
+        return [
+            j for j, name in enumerate(self.space.names) if name in parents or name not in claimed
+        ]
+
+    def _probed(self, suspects: list[int]) -> dict[str, list[int]]:
+        """For each unit the suspects that switch it on or off, found by changing each alone."""
+        found: dict[str, set[int]] = {unit.name: set() for unit in self.units}
+        for last in (False, True):
+            start = self.space.corner(last)
+            before = self._running(start)
+            for j in suspects:
+                for row in _options(self.space, start, j):
+                    after = self._running(row)
+                    for name in found:
+                        if after[name] != before[name]:
+                            found[name].add(j)
+        return {name: sorted(columns) for name, columns in found.items()}
+
+    def _running(self, row: Codes) -> dict[str, bool]:
+        candidate = self.space.decode(row)[0]
+        return {u.name: self.family.unit(u.name, candidate) is not None for u in self.units}
+
+    def parts(self, codes: Codes) -> Iterator[Part]:
+        codes = self.space.canonical(codes)
+        for unit in self.units:
+            rows = np.flatnonzero(self._runs_in(unit, codes))
+            columns = self._columns[unit.name]
+            first, inverse = distinct(codes[rows], columns)
+            pieces: list[Piece] = []
+            place = np.full(len(first), -1, dtype=np.int64)
+            for i, row in enumerate(rows[first]):
+                piece = self._look_up(unit, codes[row : row + 1], columns)
+                if piece is not None:
+                    place[i] = len(pieces)
+                    pieces.append(piece)
+            index = np.full(len(codes), -1, dtype=np.int64)
+            index[rows] = place[inverse]
+            yield Part(pieces, index)
+
+    def _runs_in(self, unit: UnitLike, codes: Codes) -> NDArray[np.bool_]:
+        columns = self._gates[unit.name]
+        if not columns:
+            return np.ones(len(codes), dtype=np.bool_)
+        first, inverse = distinct(codes, columns)
+        answers = np.zeros(len(first), dtype=np.bool_)
+        for i, row in enumerate(first):
+            key = (unit.name, *codes[row, columns].tolist())
+            if key not in self._runs:
+                candidate = self.space.decode(codes[row : row + 1])[0]
+                self._runs[key] = self.family.unit(unit.name, candidate) is not None
+            answers[i] = self._runs[key]
+        return answers[inverse]
+
+    def _look_up(self, unit: UnitLike, row: Codes, columns: list[int]) -> Piece | None:
+        key = (unit.name, *row[0, columns].tolist())
+        if key not in self._found:
+            candidate = self.space.decode(row)[0]
+            made = self.family.unit(unit.name, candidate)
+            self._found[key] = made and _piece(made[0], noise(made[1]), candidate, unit.name)
+        return self._found[key]
+
+    def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
+        module, shape = self.family.unit(piece.unit, piece.candidate)
+        return module, noise(shape)
+
+
+def _options(space: Any, row: Codes, column: int) -> list[Codes]:
+    """The rows that differ from `row` in one column's option."""
+    count = getattr(space.decisions[column], "count", 0)
+    rows = []
+    for code in range(count if space.decisions[column].kind != "real" else 0):
+        if code != row[0, column]:
+            other = row.copy()
+            other[0, column] = code
+            rows.append(space.canonical(other))
+    return rows
+
+
+class _Networks(Pieces):
+    """Pieces of a family that only builds whole networks."""
+
+    def __init__(self, family: Any) -> None:
+        super().__init__(family)
+        self._found: dict[Any, list[Piece]] = {}
+
+    def parts(self, codes: Codes) -> Iterator[Part]:
+        codes = self.space.canonical(codes)
+        first, inverse = distinct(codes, list(range(codes.shape[1])))
+        chains = [self._chain(codes[row : row + 1]) for row in first]
+        for place in range(max(map(len, chains), default=0)):
+            pieces = [c[place] for c in chains if len(c) > place]
+            held = np.array([len(c) > place for c in chains])
+            position = np.where(held, np.cumsum(held) - 1, -1)
+            yield Part(pieces, position[inverse])
+
+    def _chain(self, row: Codes) -> list[Piece]:
+        key = tuple(row[0].tolist())
+        if key not in self._found:
+            candidate = self.space.decode(row)[0]
+            self._found[key] = [
+                _piece(module, x, candidate, str(i))
+                for i, (module, x) in enumerate(self._taken_apart(candidate))
+            ]
+        return self._found[key]
+
+    def _taken_apart(self, candidate: Candidate) -> list[tuple[nn.Module, Tensor]]:
+        example = self.family.example(1)
+        x = noise(example.shape[1:]) if example.is_floating_point() else example
+        return chain(self.network(candidate), x)
+
+    def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
+        return self._taken_apart(piece.candidate)[int(piece.unit)]
