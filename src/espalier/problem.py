@@ -300,7 +300,8 @@ class Problem:
     def values(self, metrics: Metrics) -> Array:
         """Objective values `(n, m)`, all to be minimised."""
         sign = np.array([1.0 if o.goal == "min" else -1.0 for o in self.objectives])
-        return np.stack([metrics[o.name] for o in self.objectives], axis=1) * sign
+        out: Array = np.stack([metrics[o.name] for o in self.objectives], axis=1) * sign
+        return out
 
     def violations(self, metrics: Metrics) -> Array:
         """Sum of relative violations `(n,)` over the limits whose metric is present; 0 is kept."""
@@ -364,7 +365,8 @@ def front(values: Array, violations: Array | None = None) -> NDArray[np.int64]:
         return np.zeros(0, dtype=np.int64)
     broken = None if violations is None else np.asarray(violations, dtype=float)[known]
     best = known[ranks(v[known], broken) == 0]
-    return best[np.lexsort(v[best].T[::-1])]
+    order: NDArray[np.int64] = best[np.lexsort(v[best].T[::-1])]
+    return order
 
 
 def crowding(values: Array) -> Array:

@@ -40,7 +40,8 @@ class Tournament(Select):
         """The winners of n tournaments."""
         order = population.best_first
         drawn = rng.integers(0, len(order), size=(n, self.size))  # places in the order
-        return order[drawn.min(axis=1)]
+        winners: Index = order[drawn.min(axis=1)]
+        return winners
 
 
 class Vary(ABC):
