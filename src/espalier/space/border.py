@@ -10,36 +10,24 @@ import numpy as np
 from espalier.errors import SpaceError, unknown
 from espalier.space.candidate import Candidate
 from espalier.space.decisions import Real
-from espalier.space.layout import Codes, Layout, active, empty, gate_masks, in_range, settle
+from espalier.space.layout import Codes, Layout, active, empty, require_in_range, settle
 
 
 def decode(layout: Layout, codes: Codes) -> list[Candidate]:
     """A candidate a row. Errors: `SpaceError` for a code that a decision does not have."""
-    masks = gate_masks(layout, codes)
-    good = in_range(layout, codes, masks)
-    if not good.all():
-        raise SpaceError(_bad_row(layout, codes, int(np.flatnonzero(~good)[0])))
+    settled = np.array(codes, order="F", copy=True)
+    masks = settle(layout, settled)
+    require_in_range(layout, settled, masks)
     by_name = sorted(range(layout.width), key=lambda j: layout.names[j])
     columns = []
     for j in by_name:
-        options, values = layout.decisions[j].options, codes[:, j].tolist()
+        options, values = layout.decisions[j].options, settled[:, j].tolist()
         told = values if layout.real[j] else [options[int(v)] for v in values]
         columns.append((layout.names[j], told, masks[j].tolist() if j in masks else None))
     return [
         Candidate._of({name: told[i] for name, told, on in columns if on is None or on[i]})
         for i in range(len(codes))
     ]
-
-
-def _bad_row(layout: Layout, codes: Codes, i: int) -> str:
-    row = codes[i : i + 1]
-    for j in np.flatnonzero(active(layout, row)[0]).tolist():
-        value = row[0, j].item()
-        low, high = layout.low[j], layout.high[j]
-        if not low <= value <= high or (not layout.real[j] and value % 1):
-            rule = f"the code of {layout.names[j]!r} must be in {low:g} to {high:g}"
-            return f"{rule}, got {value:g} in row {i}"
-    raise AssertionError("a row that is in range was called bad")
 
 
 def encode(layout: Layout, candidates: Iterable[Mapping[str, Any]]) -> Codes:

@@ -30,7 +30,7 @@ class Constraint(ABC):
 class Linear(Constraint):
     """The sum of coefficient x value is at most ("<=") or at least (">=") `bound`.
 
-    Values are those of ordinal, integer and real decisions. A relative tolerance of 1e-9 absorbs
+    Values are those of ordinal, integer and real decisions. A relative tolerance of 1e-12 absorbs
     rounding.
     """
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from espalier.errors import SpaceError
 from espalier.space.frozen import FrozenMap
 from espalier.space.options import Option, key, name_of, no_option, number, plain
@@ -82,6 +84,8 @@ class _Listed(Decision):
     def code(self, option: Any) -> float:
         """The index of an option. Errors: `SpaceError` when there is no such option."""
         index: dict[tuple[bool, Option], int] = self._index  # type: ignore[attr-defined]
+        if isinstance(option, np.generic):
+            option = option.item()
         try:
             return index[key(option)]
         except (KeyError, TypeError):

@@ -5,24 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.space.decisions import Categorical, Decision, Integer, Real
-from espalier.space.layout import Codes, Layout, gate_masks
-
-_WIDEST = 64
-
-
-def _scaled(decision: Decision) -> bool:
-    """Whether the decision is one column of 0..1 rather than a column an option."""
-    return isinstance(decision, Real) or (
-        isinstance(decision, Integer) and decision.count > _WIDEST
-    )
+from espalier.space.decisions import Categorical, Real
+from espalier.space.layout import Codes, Layout, gate_masks, require_in_range
 
 
 def one_hot_names(layout: Layout) -> tuple[str, ...]:
     """The columns' names: "width=16", "dropout", and "dropout:active" under a condition."""
     names: list[str] = []
-    for d in layout.decisions:
-        if not _scaled(d):
+    for d, wide in zip(layout.decisions, layout.wide, strict=True):
+        if not wide:
             names += [f"{d.name}={option}" for option in d.options]
         else:
             names += [d.name, f"{d.name}:active"] if d.when else [d.name]
@@ -36,11 +27,12 @@ def one_hot(layout: Layout, codes: Codes) -> NDArray[np.float32]:
     logarithm if log), with a second one for being active where they have a condition.
     """
     masks = gate_masks(layout, codes)
+    require_in_range(layout, codes, masks)
     out = np.zeros((len(codes), len(one_hot_names(layout))), dtype=np.float32)
     k = 0
     for j, d in enumerate(layout.decisions):
         on = masks.get(j)
-        if not _scaled(d):
+        if not layout.wide[j]:
             rows = np.arange(len(codes)) if on is None else np.flatnonzero(on)
             out[rows, k + codes[rows, j].astype(np.intp)] = 1
             k += d.count
@@ -71,6 +63,8 @@ def distance(layout: Layout, a: Codes, b: Codes) -> NDArray[np.float64]:
     only one row has the decision active, 0 where neither has.
     """
     masks_a, masks_b = gate_masks(layout, a), gate_masks(layout, b)
+    require_in_range(layout, a, masks_a)
+    require_in_range(layout, b, masks_b)
     out = np.zeros((len(a), len(b)))
     for j, d in enumerate(layout.decisions):
         if isinstance(d, Categorical):

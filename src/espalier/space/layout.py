@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.errors import SpaceError, unknown
-from espalier.space.decisions import Decision, Real
+from espalier.space.decisions import Decision, Integer, Real
 
+_WIDEST = 64
 Codes = NDArray[Any]
 Mask = NDArray[np.bool_]
 
@@ -41,6 +42,10 @@ class Layout:
         self.real = tuple(isinstance(d, Real) for d in decisions)
         self.low = tuple(d.low if isinstance(d, Real) else 0 for d in decisions)
         self.high = tuple(d.high if isinstance(d, Real) else d.count - 1 for d in decisions)
+        # too many options to list one by one: treated as a number on a scale
+        self.wide = tuple(
+            isinstance(d, Real) or (isinstance(d, Integer) and d.count > _WIDEST) for d in decisions
+        )
         self.dtype = self._dtype()
         self.order = self._order()
         self.gates = tuple(self._gate(j) for j in self.order if self.decisions[j].when)
@@ -189,3 +194,25 @@ def in_range(layout: Layout, codes: Codes, masks: dict[int, Mask]) -> Mask:
             good |= ~masks[j]
         ok &= good
     return ok
+
+
+def require_in_range(layout: Layout, codes: Codes, masks: dict[int, Mask]) -> None:
+    """Errors: `SpaceError` for an active code that its decision does not have."""
+    if not codes.size:
+        return
+    if codes.dtype.kind == "i":
+        low, high = codes.min(axis=0).tolist(), codes.max(axis=0).tolist()
+        ends = zip(low, high, layout.high, strict=True)
+        if all(a >= 0 and b <= top for a, b, top in ends):
+            return
+    good = in_range(layout, codes, masks)
+    if good.all():
+        return
+    i = int(np.flatnonzero(~good)[0])
+    for j in range(layout.width):
+        value, low_j, high_j = codes[i, j].item(), layout.low[j], layout.high[j]
+        on = j not in masks or bool(masks[j][i])
+        if on and not (low_j <= value <= high_j and (layout.real[j] or value == int(value))):
+            rule = f"the code of {layout.names[j]!r} must be in {low_j:g} to {high_j:g}"
+            kind = "" if layout.real[j] else " and whole"
+            raise SpaceError(f"{rule}{kind}, got {value:g} in row {i}")

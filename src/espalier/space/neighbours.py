@@ -16,7 +16,8 @@ def neighbours(layout: Layout, rules: Rules, row: Codes) -> Codes:
     """Every valid row that differs from `row` `(1, d)` in one active decision, canonical.
 
     Decisions that this activates are at their first option. A real decision has four: its ends,
-    and a step of 10% of the range (of its logarithm if log) down and up.
+    and a step of 10% of the range (of its logarithm if log) down and up. So has an integer of
+    more than 64 options, and the numbers next to it.
     """
     base = np.array(row, order="F", copy=True)
     masks = settle(layout, base)
@@ -37,8 +38,12 @@ def neighbours(layout: Layout, rules: Rules, row: Codes) -> Codes:
 
 def _codes(layout: Layout, j: int, here: float) -> list[float]:
     d = layout.decisions[j]
-    if not isinstance(d, Real):
+    if not layout.wide[j]:
         return list(range(d.count))
+    low, high = layout.low[j], layout.high[j]
+    if not isinstance(d, Real):
+        leap = round((high - low) * _STEP)
+        return [low, *(min(max(here + s, low), high) for s in (-leap, -1, 1, leap)), high]
     if d.log:
         step = (d.high / d.low) ** _STEP
         near = (here / step, here * step)

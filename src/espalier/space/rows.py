@@ -15,35 +15,35 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def plan(layout: Layout) -> list[list[int]]:
-    """Which columns share a 64-bit word: as many discrete ones as fit, a real one alone."""
+    """Which columns share a 64-bit word: as many discrete ones as fit; then a real one each."""
     words: list[list[int]] = []
-    used = 1
-    for j, count in enumerate(layout.counts):
-        if layout.real[j]:
-            words.append([j])
-            used = 2**64
-        elif words and used * count <= 2**64:
+    used = 2**64
+    for j in [j for j, is_real in enumerate(layout.real) if not is_real]:
+        count = layout.counts[j]
+        if words and used * count <= 2**64:
             words[-1].append(j)
             used *= count
         else:
             words.append([j])
             used = count
-    return words
+    return words + [[j] for j, is_real in enumerate(layout.real) if is_real]
 
 
 def pack(layout: Layout, codes: Codes) -> list[Words]:
     """The rows as 64-bit words `[(n,), ...]`, mixed radix; different rows get different words.
 
-    Order of the words is order of the rows, except for negative reals.
+    Rows must be in range. A real number is its bits.
     """
-    out = [np.zeros(len(codes), dtype=np.uint64) for _ in plan(layout)]
+    words = plan(layout)
+    out = [np.zeros(len(codes), dtype=np.uint64) for _ in words]
     # blocks that stay in the cache: each column is read once, each word written once
     for start in range(0, len(codes), _BLOCK):
         block = codes[start : start + _BLOCK]
-        for word, columns in zip(out, plan(layout), strict=True):
+        for word, columns in zip(out, words, strict=True):
             here = word[start : start + _BLOCK]
             for j in columns:
                 if layout.real[j]:
+                    # + 0.0: a negative zero has other bits than zero
                     here[:] = (block[:, j] + 0.0).view(np.uint64)
                 else:
                     here *= np.uint64(layout.counts[j])

@@ -57,12 +57,12 @@ class LinearRule(Rule):
         for j, coefficient, low, table in self.terms:
             column = codes[:, j]
             if table is None:
-                total += coefficient * (column + low)
+                total += coefficient * (column.astype(np.float64) + low)
             else:
                 index = np.clip(np.nan_to_num(column), 0, len(table) - 1).astype(np.intp)
                 total += coefficient * table[index]
         total /= self.scale
-        total[total <= 1e-9] = 0.0
+        total[total <= 1e-12] = 0.0
         out: Array = np.nan_to_num(total, nan=1.0)
         return out
 

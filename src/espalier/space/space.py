@@ -35,12 +35,8 @@ class Space:
     def __init__(
         self, decisions: Iterable[Decision], constraints: Iterable[Constraint] = ()
     ) -> None:
-        listed = tuple(decisions)
-        for d in listed:
-            if not isinstance(d, Decision):
-                raise SpaceError(f"a space is made of decisions, got {d!r}")
-        self._layout = Layout(listed)
-        self._constraints = tuple(constraints)
+        self._layout = Layout(_listed(decisions, "decisions"))
+        self._constraints: tuple[Constraint, ...] = _listed(constraints, "constraints")
         self._rules = bind(self._constraints, self._layout)
 
     # --- what it is -------------------------------------------------------------------------
@@ -129,8 +125,8 @@ class Space:
 
         A discrete decision goes to another option, each alike; a real one takes a normal step of
         15% of its range (of its logarithm if log), clipped. Decisions that become active are
-        drawn. Without a rate it is 1/d, and every row changes in at least one decision. Rows that
-        then break constraints are repaired.
+        drawn. Without a rate it is one over the decisions that have a choice, and every row changes
+        in at least one. Rows that then break constraints are repaired.
         """
         if rate is not None and not 0 <= rate <= 1:
             raise SpaceError(f"a mutation rate is a share from 0 to 1, got {rate!r}")
@@ -214,10 +210,14 @@ class Space:
     def neighbours(self, row: Codes) -> Codes:
         """Every valid row that differs from `row` in one active decision, canonical.
 
-        Decisions that the change activates are at their first option. A real decision gives its
-        two ends and a step of 10% of the range to both sides.
+        Decisions that the change activates are at their first option. A real decision, or an
+        integer of more than 64 options, gives its ends and steps of 10% of the range to both
+        sides.
         """
-        return neighbours(self._layout, self._rules, checked(self._layout, np.atleast_2d(row)))
+        ready = checked(self._layout, np.atleast_2d(row))
+        if len(ready) != 1:
+            raise SpaceError(f"neighbours are those of one row, got {len(ready)} rows")
+        return neighbours(self._layout, self._rules, ready)
 
     def corner(self, last: bool) -> Codes:
         """The row `(1, d)` with every decision at its first or last option, canonical.
@@ -255,6 +255,17 @@ class Space:
                     f"a candidate must keep the constraint ({constraint}), got {shown}"
                 )
         return self.decode(codes)[0]
+
+
+def _listed(items: Any, what: str) -> tuple[Any, ...]:
+    kind = {"decisions": Decision, "constraints": Constraint}[what]
+    if isinstance(items, (str, Mapping)) or not isinstance(items, Iterable):
+        raise SpaceError(f"a space takes a list of {what}, got {items!r}")
+    listed = tuple(items)
+    for item in listed:
+        if not isinstance(item, kind):
+            raise SpaceError(f"a space takes a list of {what}, got {item!r} in it")
+    return listed
 
 
 def _count(n: Any, what: str) -> int:

@@ -6,7 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.space.decisions import Real
-from espalier.space.layout import Codes, Layout, Mask, empty, gate_mask, gate_masks, settle
+from espalier.space.layout import (
+    Codes,
+    Layout,
+    Mask,
+    empty,
+    gate_mask,
+    gate_masks,
+    require_in_range,
+    settle,
+)
 
 Rng = np.random.Generator
 _STEP = 0.15
@@ -88,16 +97,18 @@ def wake(layout: Layout, codes: Codes, before: dict[int, Mask], rng: Rng) -> dic
 def mutate(layout: Layout, codes: Codes, rng: Rng, rate: float | None) -> Codes:
     """Changes each active decision with probability `rate`, in a canonical copy.
 
-    With None the rate is 1/d, and a row that would stay as it is changes in one decision.
+    With None the rate is one over the decisions that have a choice, and a row that would stay as it is changes in one decision.
     """
     out = np.array(codes, order="F", copy=True)
     before = settle(layout, out)
+    require_in_range(layout, out, before)
     n = len(out)
     if not layout.free or n == 0:
         return out
     touched = np.zeros(n, dtype=np.bool_)
+    share = 1 / len(layout.free) if rate is None else rate
     # positions run down the columns, as the array is stored
-    found = hits(n * len(layout.free), 1 / layout.width if rate is None else rate, rng)
+    found = hits(n * len(layout.free), share, rng)
     ends = np.searchsorted(found, np.arange(len(layout.free) + 1) * n)
     for i, j in enumerate(layout.free):
         rows = found[ends[i] : ends[i + 1]] - i * n
@@ -142,6 +153,8 @@ def cross(layout: Layout, a: Codes, b: Codes, rng: Rng) -> Codes:
     child has it active, it is drawn.
     """
     masks_a, masks_b = gate_masks(layout, a), gate_masks(layout, b)
+    require_in_range(layout, a, masks_a)
+    require_in_range(layout, b, masks_b)
     out = empty(layout, len(a))
     for j in range(layout.width):
         from_a = rng.integers(0, 2, size=len(a), dtype=np.bool_)
