@@ -10,6 +10,7 @@ from espalier.costs.layers import layers as layers
 from espalier.costs.measured import MeasuredLatency as MeasuredLatency
 from espalier.costs.onnx_file import price_onnx as price_onnx
 from espalier.costs.pieces import UnitFamily as UnitFamily
+from espalier.costs.predicted import PredictedLatency as PredictedLatency
 from espalier.costs.runtime import BusyMachine as BusyMachine
 from espalier.costs.runtime import OnnxRuntime as OnnxRuntime
 from espalier.costs.timing import Timing as Timing

@@ -72,7 +72,12 @@ class Part:
 
 
 class Pieces:
-    """All pieces of one family met so far. Shared by the costs of a family: use `pieces_of`."""
+    """All pieces of one family met so far. Shared by the costs of a family: use `pieces_of`.
+
+    `survey` is how many random rows it takes, at a bearable price, to meet nearly all of them.
+    """
+
+    survey = 20_000
 
     def __init__(self, family: Builder) -> None:
         self.family = weakref.proxy(family)
@@ -90,7 +95,8 @@ class Pieces:
         """The whole network; torch's random generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.family.build(candidate)
+            network: nn.Module = self.family.build(candidate)
+            return network
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, Pieces] = weakref.WeakKeyDictionary()
@@ -245,6 +251,8 @@ def _options(space: Any, row: Codes, column: int) -> list[Codes]:
 
 class _Networks(Pieces):
     """Pieces of a family that only builds whole networks."""
+
+    survey = 40  # each is built and run
 
     def __init__(self, family: Any) -> None:
         super().__init__(family)

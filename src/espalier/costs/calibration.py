@@ -1,0 +1,218 @@
+"""Calibration: measures a family's pieces and a few whole networks on a runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from espalier.costs import machine
+from espalier.costs.filler import choose, fitted
+from espalier.costs.pieces import Piece, Pieces
+from espalier.costs.runtime import BusyMachine, OnnxRuntime
+from espalier.costs.table import Table
+from espalier.export import to_onnx
+
+Array = NDArray[np.float64]
+Codes = NDArray[Any]
+Progress = Callable[[int, int, str], None]
+
+_LEAST = 1e-5  # ms; a piece's time less the empty model's may come out at nothing
+_UNSURE = 0.05  # a timing less certain than this is taken again
+
+
+class Calibration:
+    """One run of it. `limit`: pieces measured at most; `fit`, `held_out`: whole networks."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        runtime: OnnxRuntime,
+        seed: int = 0,
+        progress: Progress | None = None,
+        *,
+        limit: int = 500,
+        fit: int = 10,
+        held_out: int = 12,
+    ) -> None:
+        self._pieces, self._runtime = pieces, runtime
+        self._rng = np.random.default_rng(seed)
+        self._seed = seed
+        self._limit, self._fit, self._held = limit, fit, held_out
+        self._progress = progress or (lambda done, total, text: None)
+        self._empty: list[float] = []
+        self._unsure = 0
+
+    def run(self) -> Table:
+        """Everything, in the order: pieces, whole networks to fit, whole networks held out."""
+        begin, clocks = time.perf_counter(), machine.snapshot()
+        self._progress(0, 1, "listing the pieces of the family")
+        rows = self._survey()
+        met = self._met(rows)
+        chosen = self._stratified(met)
+        total = len(chosen) + self._fit + self._held
+        measured = self._measure_pieces(chosen, total)
+        empty = float(np.median(self._empty))
+        times = {key: max(ms - empty, _LEAST) for key, ms in measured.items()}
+        work = np.array([met[key].work for key in times])
+        filler, tried = choose(work, np.array(list(times.values())), self._seed)
+        sums = Sums(self._pieces, times, {k: met[k].work for k in times}, filler)
+        fit_rows, held_rows = self._networks(rows, sums)
+        fit_ms = self._measure_networks(fit_rows, len(chosen), total)
+        held_ms = self._measure_networks(held_rows, len(chosen) + len(fit_rows), total)
+        overhead, scale = _line(sums(fit_rows), fit_ms)
+        error = self._error(held_rows, overhead + scale * sums(held_rows), held_ms)
+        error |= {"overhead_ms": overhead, "scale": scale, "empty_ms": empty}
+        error |= {"units": len(met), "units_measured": len(times)}
+        error |= {"filler": filler, "filler_errors": tried, "fitted_on": len(fit_rows)}
+        error |= self._disturbance(clocks) | {"seconds": time.perf_counter() - begin}
+        entries = {k: {"ms": ms, "work": list(met[k].work)} for k, ms in times.items()}
+        about = self._runtime.about()
+        return Table(
+            about, self._pieces.space.fingerprint, entries, empty, overhead, scale, filler, error
+        )
+
+    # --- what to measure -----------------------------------------------------------------------
+
+    def _survey(self) -> Codes:
+        space = self._pieces.space
+        rows = space.sample(self._pieces.survey, self._rng)
+        rows = np.concatenate([space.corner(False), space.corner(True), rows])
+        rows = rows[space.valid(rows)]
+        return rows[space.unique(rows)]
+
+    def _met(self, rows: Codes) -> dict[str, Piece]:
+        return {p.key: p for part in self._pieces.parts(rows) for p in part.pieces}
+
+    def _stratified(self, met: dict[str, Piece]) -> list[Piece]:
+        """All pieces, or as many as the limit allows: the same number of each unit, at random."""
+        order = [list(met.values())[i] for i in self._rng.permutation(len(met))]
+        turn: dict[str, int] = {}
+        ranked = []
+        for piece in order:
+            turn[piece.unit] = turn.get(piece.unit, 0) + 1
+            ranked.append((turn[piece.unit], piece))
+        taken = sorted(range(len(ranked)), key=lambda i: ranked[i][0])[: self._limit]
+        # measured in random order, so that no unit falls into one disturbance whole
+        return [ranked[i][1] for i in sorted(taken)]
+
+    def _networks(self, rows: Codes, sums: Sums) -> tuple[Codes, Codes]:
+        """Rows to fit on, spread evenly from small to large, and random rows held out."""
+        space = self._pieces.space
+        pool = rows[self._rng.permutation(len(rows))[:400]]
+        held, rest = pool[: self._held], pool[self._held :]
+        ends = np.concatenate([space.corner(False), space.corner(True)])
+        rest = np.concatenate([rest, ends[space.valid(ends)]])
+        keys = {row.tobytes() for row in np.ascontiguousarray(held)}
+        rest = rest[[row.tobytes() not in keys for row in np.ascontiguousarray(rest)]]
+        if len(rest) == 0:  # a space so small that everything is held out
+            rest = held
+        order = np.argsort(sums(rest), kind="stable")
+        even = np.unique(np.linspace(0, len(order) - 1, self._fit).round().astype(int))
+        return rest[order[even]], held
+
+    # --- measuring -----------------------------------------------------------------------------
+
+    def _measure_pieces(self, chosen: list[Piece], total: int) -> dict[str, float]:
+        found = {}
+        for done, piece in enumerate(chosen):
+            if done % 25 == 0:
+                self._progress(done, total, "measuring pieces")
+                self._empty.append(self._time(nn.Identity(), torch.zeros(1, 1)))
+            module, x = self._pieces.make(piece)
+            found[piece.key] = self._time(module, x)
+        return found
+
+    def _measure_networks(self, rows: Codes, done: int, total: int) -> Array:
+        found = []
+        for i, candidate in enumerate(self._pieces.space.decode(rows)):
+            self._progress(done + i, total, "measuring whole networks")
+            x = self._pieces.family.example(1)
+            found.append(self._time(self._pieces.network(candidate), x, least=0.02))
+        self._progress(done + len(rows), total, "measuring whole networks")
+        return np.array(found)
+
+    def _time(self, module: nn.Module, x: torch.Tensor, least: float = 0.0) -> float:
+        x = self._runtime.batched(x)
+        model = to_onnx(module, x, fast=True)
+        timing = self._runtime.quick(model, x, least_seconds=least)
+        if timing.spread > _UNSURE:
+            self._unsure += 1
+            again = self._runtime.quick(model, x, least_seconds=max(least, 0.02))
+            timing = min(timing, again, key=lambda t: t.spread)
+        return timing.median_ms
+
+    # --- how good it is --------------------------------------------------------------------------
+
+    def _error(self, rows: Codes, predicted: Array, measured: Array) -> dict[str, Any]:
+        from scipy.stats import spearmanr
+
+        varied = len(rows) > 2 and np.ptp(predicted) > 0 and np.ptp(measured) > 0
+        off = np.abs(predicted / measured - 1)
+        pairs = zip(self._pieces.space.decode(rows), predicted, measured, strict=True)
+        return {
+            "spearman": float(spearmanr(predicted, measured).statistic) if varied else None,
+            "within_10_percent": float(np.mean(off <= 0.1)),
+            "median_error": float(np.median(off)),
+            "held_out": [
+                {"candidate": c.to_json(), "predicted": float(p), "measured": float(m)}
+                for c, p, m in pairs
+            ],
+        }
+
+    def _disturbance(self, start: machine.Snapshot) -> dict[str, Any]:
+        load = machine.load_between(start, machine.snapshot())
+        reason = self._runtime.disturbed(load)
+        if reason and self._runtime.strict:
+            raise BusyMachine(
+                f"the machine is too busy to calibrate: {reason}; stop other work and try again, "
+                "or allow it with strict=False"
+            )
+        return {"load": load, "busy": bool(reason), "reason": reason, "repeated": self._unsure}
+
+
+def _line(sums: Array, measured: Array) -> tuple[float, float]:
+    """Overhead (0 or more) and scale that fit best, in relative least squares."""
+    from scipy.optimize import nnls
+
+    if np.ptp(sums) <= 1e-9 * max(float(np.max(sums)), 1e-12):  # one point: no slope to be seen
+        return max(float(np.median(measured - sums)), 0.0), 1.0
+    columns = np.column_stack([np.ones(len(sums)), sums]) / measured[:, None]
+    overhead, scale = nnls(columns, np.ones(len(sums)))[0]
+    return float(overhead), float(scale)
+
+
+class Sums:
+    """Sums of the times of networks' pieces: measured, or filled in by the regression."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        times: dict[str, float],
+        work: dict[str, tuple[float, ...]],
+        filler: str,
+    ) -> None:
+        self._pieces, self._filler = pieces, filler
+        self._known = dict(times)
+        self._work = np.array([work[key] for key in times])
+        self._times = np.array(list(times.values()))
+        self._model: Callable[[Array], float] | None = None
+
+    def __call__(self, codes: Codes) -> Array:
+        """Milliseconds `(n,)` of code rows `(n, d)`."""
+        total = np.zeros(len(codes))
+        for part in self._pieces.parts(codes):
+            total += part.values(np.array([self._time(p) for p in part.pieces], dtype=float))
+        return total
+
+    def _time(self, piece: Piece) -> float:
+        if piece.key not in self._known:
+            if self._model is None:
+                self._model = fitted(self._filler, self._work, self._times)
+            self._known[piece.key] = self._model(np.array(piece.work))
+        return self._known[piece.key]

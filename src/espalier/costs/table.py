@@ -1,0 +1,64 @@
+"""The latency table: what was measured when a predictor was calibrated, as plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from espalier.errors import DataError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """One calibration on one machine.
+
+    - `runtime`: what `OnnxRuntime.about` said.
+    - `space`: fingerprint of the family's space.
+    - `pieces`: a piece's fingerprint to its milliseconds (less those of an empty model) and work.
+    - `empty_ms`: a run of a model that does nothing.
+    - `overhead_ms`, `scale`: a network takes `overhead_ms + scale * sum of its pieces`.
+    - `filler`: the regression for pieces that were not measured.
+    - `error`: how well held-out networks are predicted, and how the calibration went.
+    """
+
+    runtime: dict[str, Any]
+    space: str
+    pieces: dict[str, dict[str, Any]]
+    empty_ms: float
+    overhead_ms: float
+    scale: float
+    filler: str
+    error: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain JSON."""
+        return {"format": "espalier latency table", "version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Table:
+        """The table that `to_json` wrote. Errors: `DataError` for anything else."""
+        if data.get("format") != "espalier latency table" or data.get("version") != _VERSION:
+            raise DataError(
+                f"not a latency table of version {_VERSION}: give what calibrate() returned"
+            )
+        try:
+            return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        except KeyError as missing:
+            raise DataError(f"the latency table lacks {missing}: calibrate again") from None
+
+    def check(self, runtime: Mapping[str, Any], space: str) -> None:
+        """Refuses a table of another space or of a runtime set otherwise. Errors: `DataError`."""
+        if self.space != space:
+            raise DataError(
+                f"the latency table is of another space ({self.space}, this one is {space}): "
+                "calibrate again"
+            )
+        for name in ("runtime", "device", "threads", "batch"):
+            if self.runtime.get(name) != runtime.get(name):
+                raise DataError(
+                    f"the latency table was measured with {name}={self.runtime.get(name)!r}, the "
+                    f"runtime has {name}={runtime.get(name)!r}: calibrate again"
+                )
