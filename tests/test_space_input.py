@@ -43,12 +43,12 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "an empty name": (lambda: choice("", 1), ["a word", "''"]),
     "options as one string": (lambda: Space([_categorical("abc")]), ["a sequence", "'abc'"]),
     "low above high": (lambda: integer("depth", 4, 1), ["low must not exceed high", "4 to 1"]),
-    "half a depth": (lambda: integer("depth", 1, 2.5), ["whole number", "2.5"]),  # type: ignore[arg-type]
-    "a depth as text": (lambda: Integer("depth", "1", 2), ["finite number", "'1'"]),  # type: ignore[arg-type]
+    "half a depth": (lambda: integer("depth", 1, 2.5), ["whole number", "2.5"]),
+    "a depth as text": (lambda: Integer("depth", "1", 2), ["finite number", "'1'"]),
     "an empty range": (lambda: real("p", 1, 1), ["low must be below high", "1 to 1"]),
     "an infinite range": (lambda: real("p", 0, float("inf")), ["finite", "inf"]),
     "log of zero": (lambda: real("lr", 0, 1, log=True), ["above 0", "0"]),
-    "when as a list": (lambda: choice("a", 1, when=["b"]), ["maps decisions", "['b']"]),  # type: ignore[arg-type]
+    "when as a list": (lambda: choice("a", 1, when=["b"]), ["maps decisions", "['b']"]),
     "when with nothing": (lambda: choice("a", 1, when={"b": ()}), ["'b'", "at least one option"]),
     "two of a name": (
         lambda: Space([choice("a", 1), choice("a", 2)]),
@@ -70,10 +70,10 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: Space([choice("a", 1, when={"b": 1}), choice("b", 1, when={"a": 1})]),
         ["circle", "'a', 'b'"],
     ),
-    "no list of decisions": (lambda: Space(choice("a", 1)), ["list of decisions", "Categorical"]),  # type: ignore[arg-type]
-    "a stranger among decisions": (lambda: Space([3]), ["list of decisions", "3"]),  # type: ignore[list-item]
+    "no list of decisions": (lambda: Space(choice("a", 1)), ["list of decisions", "Categorical"]),
+    "a stranger among decisions": (lambda: Space([3]), ["list of decisions", "3"]),
     "one constraint without a list": (
-        lambda: Space([choice("a", 1)], Forbid({"a": 1})),  # type: ignore[arg-type]
+        lambda: Space([choice("a", 1)], Forbid({"a": 1})),
         ["list of constraints", "Forbid"],
     ),
     "a sum of an unknown": (
@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: Space([ordinal("size", "small", "large")], [Linear({"size": 1}, "<=", 3)]),
         ["Linear", "'size' is ordinal"],
     ),
-    "an op that is none": (lambda: Linear({"a": 1}, "<", 3), ["'<=' or '>='", "'<'"]),  # type: ignore[arg-type]
+    "an op that is none": (lambda: Linear({"a": 1}, "<", 3), ["'<=' or '>='", "'<'"]),
     "a bound that is none": (lambda: Linear({"a": 1}, "<=", float("nan")), ["bound", "nan"]),
     "a sum of nothing": (lambda: Linear({}), ["coefficients", "{}"]),
     "forbidding nothing": (lambda: Forbid({}), ["options", "{}"]),
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: Space([integer("a", 0, 9)], [Linear({"a": 2}, "<=", 5)]).candidate({"a": 3}),
         ["2 a <= 5", "a=3"],
     ),
-    "no candidate at all": (lambda: SPACE.candidate([1, 2]), ["maps decisions", "[1, 2]"]),  # type: ignore[arg-type]
+    "no candidate at all": (lambda: SPACE.candidate([1, 2]), ["maps decisions", "[1, 2]"]),
     "a candidate of lists": (lambda: Candidate({"a": [1]}), ["'a'", "[1]"]),
     "an unknown name": (lambda: SPACE["kernal"], ["unknown decision 'kernal'", "'kernel'"]),
     "codes of one dimension": (lambda: SPACE.valid(np.zeros(5)), ["(n, 5)", "(5,)"]),
@@ -166,7 +166,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "neighbours of two rows": (lambda: WHOLE.neighbours(np.zeros((2, 2))), ["one row", "2 rows"]),
     "a rate beyond": (lambda: WHOLE.mutate(np.zeros((1, 2)), RNG, 1.5), ["0 to 1", "1.5"]),
     "a negative number of rows": (lambda: WHOLE.sample(-1, RNG), ["from 0", "-1"]),
-    "a seed for a generator": (lambda: WHOLE.sample(1, 0), ["numpy Generator", "got 0"]),  # type: ignore[arg-type]
+    "a seed for a generator": (lambda: WHOLE.sample(1, 0), ["numpy Generator", "got 0"]),
     "listing a real": (lambda: SPACE.enumerate(), ["real decision", "'dropout'"]),
     "listing too many": (lambda: WHOLE.enumerate(10), ["20 candidates", "limit 10"]),
     "listing too many that are valid": (
@@ -181,7 +181,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: Space([real("p", 0, 1)], [Linear({"p": 1}, ">=", 0.9999999)]).sample(1, RNG),
         ["the constraints leave too little", "1 p >= 1", "loosen"],
     ),
-    "JSON that is a list": (lambda: Space.from_json([]), ["JSON object", "[]"]),  # type: ignore[arg-type]
+    "JSON that is a list": (lambda: Space.from_json([]), ["JSON object", "[]"]),
     "JSON without decisions": (lambda: Space.from_json({}), ["'decisions'"]),
     "JSON with more": (
         lambda: Space.from_json({"decisions": [], "constraint": []}),
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
 def _categorical(options: str) -> object:
     from espalier.space import Categorical
 
-    return Categorical("a", options)  # type: ignore[arg-type]
+    return Categorical("a", options)
 
 
 @pytest.mark.parametrize("case", CASES)

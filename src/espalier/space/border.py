@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from espalier.errors import SpaceError, unknown
+from espalier.space.activity import active, require_in_range, settle
 from espalier.space.candidate import Candidate
 from espalier.space.decisions import Real
-from espalier.space.layout import Codes, Layout, active, empty, require_in_range, settle
+from espalier.space.layout import Codes, Layout, empty
 
 
 def decode(layout: Layout, codes: Codes) -> list[Candidate]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.space.activity import gate_masks, require_in_range
 from espalier.space.decisions import Categorical, Real
-from espalier.space.layout import Codes, Layout, gate_masks, require_in_range
+from espalier.space.layout import Codes, Layout
 
 
 def one_hot_names(layout: Layout) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from espalier.space.activity import settle
 from espalier.space.decisions import Real
-from espalier.space.layout import Codes, Layout, empty, settle
+from espalier.space.layout import Codes, Layout, empty
 from espalier.space.repair import Rules, valid
 from espalier.space.rows import unique
 
@@ -54,7 +55,7 @@ def _codes(layout: Layout, j: int, here: float) -> list[float]:
 
 
 def corner(layout: Layout, last: bool) -> Codes:
-    """The row `(1, d)` with every decision at its first or last option; constraints not looked at."""
+    """The row `(1, d)` of first or last options, canonical; constraints are not looked at."""
     out = empty(layout, 1)
     out[0] = layout.high if last else layout.low
     settle(layout, out)

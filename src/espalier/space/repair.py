@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.errors import SpaceError
-from espalier.space.layout import Codes, Layout, Mask, empty, gate_masks, in_range, settle
-from espalier.space.listing import expand, size
+from espalier.space.activity import gate_masks, in_range, settle
+from espalier.space.counting import size
+from espalier.space.layout import Codes, Layout, Mask, empty
+from espalier.space.listing import expand
 from espalier.space.rules import Rule, violation
 from espalier.space.vary import Rng, changed, draw, fresh, wake
 

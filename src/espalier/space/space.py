@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.errors import SpaceError, unknown
-from espalier.space import border, features, listing, rows, serial, vary
+from espalier.space import border, counting, features, listing, rows, serial, vary
+from espalier.space.activity import active, settle
 from espalier.space.candidate import Candidate
 from espalier.space.constraints import Constraint
 from espalier.space.decisions import Decision
-from espalier.space.layout import Codes, Layout, Mask, active, checked, own, settle
+from espalier.space.layout import Codes, Layout, Mask, checked, own
 from espalier.space.neighbours import corner, neighbours
 from espalier.space.repair import repair, sample, valid
 from espalier.space.rules import bind
@@ -64,7 +65,7 @@ class Space:
     @cached_property
     def size(self) -> int | float:
         """The number of candidates, conditions honoured, constraints not; inf with a real one."""
-        return listing.size(self._layout)
+        return counting.size(self._layout)
 
     @cached_property
     def fingerprint(self) -> str:

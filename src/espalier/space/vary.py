@@ -5,17 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.space.activity import gate_mask, gate_masks, require_in_range, settle
 from espalier.space.decisions import Real
-from espalier.space.layout import (
-    Codes,
-    Layout,
-    Mask,
-    empty,
-    gate_mask,
-    gate_masks,
-    require_in_range,
-    settle,
-)
+from espalier.space.layout import Codes, Layout, Mask, empty
 
 Rng = np.random.Generator
 _STEP = 0.15
@@ -89,7 +81,8 @@ def wake(layout: Layout, codes: Codes, before: dict[int, Mask], rng: Rng) -> dic
         j = gate.child
         mask = masks[j] = gate_mask(gate, codes, masks)
         woken = np.flatnonzero(mask & ~before[j])
-        codes[woken, j] = fresh(layout, j, len(woken), rng)
+        if len(woken):
+            codes[woken, j] = fresh(layout, j, len(woken), rng)
         codes[~mask, j] = layout.low[j]
     return masks
 
@@ -97,7 +90,8 @@ def wake(layout: Layout, codes: Codes, before: dict[int, Mask], rng: Rng) -> dic
 def mutate(layout: Layout, codes: Codes, rng: Rng, rate: float | None) -> Codes:
     """Changes each active decision with probability `rate`, in a canonical copy.
 
-    With None the rate is one over the decisions that have a choice, and a row that would stay as it is changes in one decision.
+    With None the rate is one over the decisions that have a choice, and a row that would stay as
+    it is changes in one.
     """
     out = np.array(codes, order="F", copy=True)
     before = settle(layout, out)
@@ -114,8 +108,9 @@ def mutate(layout: Layout, codes: Codes, rng: Rng, rate: float | None) -> Codes:
         rows = found[ends[i] : ends[i + 1]] - i * n
         if j in before:
             rows = rows[before[j][rows]]
-        out[rows, j] = changed(layout, j, out[rows, j], rng)
-        touched[rows] = True
+        if len(rows):
+            out[rows, j] = changed(layout, j, out[rows, j], rng)
+            touched[rows] = True
     if rate is None:
         _change_one(layout, out, np.flatnonzero(~touched), before, rng)
     wake(layout, out, before, rng)
@@ -131,7 +126,10 @@ def _change_one(
     free = np.array(layout.free)
     possible = np.zeros(len(rows), dtype=np.bool_)
     for j in layout.free:
-        possible |= masks[j][rows] if j in masks else True
+        if j not in masks:
+            possible[:] = True
+            break
+        possible |= masks[j][rows]
     left = left[possible]
     while len(left):
         drawn = free[rng.integers(0, len(free), size=len(left))]
@@ -141,7 +139,7 @@ def _change_one(
             good[at] = masks[j][rows[left[at]]]
         pick[left[good]] = drawn[good]
         left = left[~good]
-    for j in layout.free:
+    for j in np.unique(pick[pick >= 0]).tolist():
         here = rows[pick == j]
         codes[here, j] = changed(layout, j, codes[here, j], rng)
 
