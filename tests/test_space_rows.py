@@ -339,3 +339,9 @@ def test_the_suite_sees_a_broken_space(
     monkeypatch.setattr(Space, method, broken[method])
     with pytest.raises(AssertionError, match=law):
         check_space(Space(README))
+
+
+def test_a_space_needs_numpy_alone() -> None:
+    code = "import sys, espalier.space; print([m for m in ('torch', 'onnx', 'scipy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
