@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.errors import SpaceError
 from espalier.solvers.strategies.population import pack, unpack
 from espalier.space import Space
 
@@ -15,7 +18,8 @@ Codes = NDArray[Any]
 Propose = Callable[[int], Codes]
 
 _ROUNDS = 8  # draws before a proposer is taken to be dry
-_ENUMERABLE = 1_000_000  # a space of more rows is never listed
+_ENUMERABLE = 1_000_000  # a space of more rows is not listed,
+_ENUMERABLE_CONSTRAINED = 50_000  # unless constraints leave no more than these
 
 
 class Seen:
@@ -54,25 +58,37 @@ class Seen:
         if rows:
             self._rows.append(np.array(codes[np.array(rows, dtype=np.int64)]))
 
-    def fresh(self, n: int, propose: Propose, rng: np.random.Generator) -> Codes:
-        """Up to n new rows, marked as seen: from `propose(k)`, then drawn, then listed."""
+    def fresh(self, n: int, rng: np.random.Generator, propose: Propose | None = None) -> Codes:
+        """Up to n new rows, marked as seen: from `propose(k)`, then drawn, then listed.
+
+        Raises `SpaceError` where hardly any draw keeps the constraints and listing does not help.
+        """
         parts = [self._empty()]
-        missing = n
+        hopeless: SpaceError | None = None
         for source in (propose, lambda k: self.space.sample(k, rng)):
-            for _ in range(_ROUNDS):
-                if missing <= 0:
-                    break
-                found = self.new(source(missing))[:missing]
-                self.add(found)
-                parts.append(found)
-                missing -= len(found)
-                if len(found) == 0 and len(self) >= self.space.size:
-                    break
+            try:
+                parts.append(self._take(n - sum(map(len, parts)), source))
+            except SpaceError as error:
+                hopeless = error
+        missing = n - sum(map(len, parts))
         if missing > 0:
             left = self._left()
-            found = left[rng.permutation(len(left))[:missing]]
+            parts.append(left[rng.permutation(len(left))[:missing]])
+            self.add(parts[-1])
+        if hopeless is not None and n > 0 and len(self) == 0:
+            raise hopeless
+        return np.concatenate(parts)
+
+    def _take(self, n: int, source: Propose | None) -> Codes:
+        """Up to n new rows of a source, marked as seen."""
+        parts = [self._empty()]
+        for _ in range(_ROUNDS):
+            if source is None or n <= 0 or len(self) >= self.space.size:
+                break
+            found = self.new(source(n))[:n]
             self.add(found)
             parts.append(found)
+            n -= len(found)
         return np.concatenate(parts)
 
     def _left(self) -> Codes:
@@ -80,11 +96,19 @@ class Seen:
 
         Kept between calls and filtered: the answer depends on what was seen alone.
         """
-        if self.space.size > _ENUMERABLE:
-            return self._empty()
-        known = self.space.enumerate(_ENUMERABLE) if self._unlisted is None else self._unlisted
-        self._unlisted = self.new(known)
+        if self._unlisted is None:
+            self._unlisted = self._listed()
+        self._unlisted = self.new(self._unlisted)
         return self._unlisted
+
+    def _listed(self) -> Codes:
+        if self.space.size <= _ENUMERABLE:
+            return self.space.enumerate(_ENUMERABLE)
+        if not self.space.constraints or self.space.size == math.inf:
+            return self._empty()
+        with suppress(SpaceError):  # constraints may leave few rows of a large space
+            return self.space.enumerate(_ENUMERABLE_CONSTRAINED)
+        return self._empty()
 
     def _empty(self) -> Codes:
         return np.zeros((0, len(self.space)), dtype=self.space.dtype)

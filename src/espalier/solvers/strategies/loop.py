@@ -60,11 +60,11 @@ class EvolutionLoop(Strategy):
     def _first(self, n: int) -> Codes:
         space = self.space
         if self._asked > 0 and len(self._seen) > 0:
-            return self._seen.fresh(n, lambda k: space.sample(k, self.rng), self.rng)
+            return self._seen.fresh(n, self.rng)
         corners = np.concatenate([space.corner(last=False), space.corner(last=True)])
         corners = self._seen.new(corners)[:n]
         self._seen.add(corners)
-        more = self._seen.fresh(n - len(corners), lambda k: space.sample(k, self.rng), self.rng)
+        more = self._seen.fresh(n - len(corners), self.rng)
         return np.concatenate([corners, more])
 
     def _children(self, n: int) -> Codes:
@@ -78,7 +78,7 @@ class EvolutionLoop(Strategy):
 
         if n <= 0 or members is None:
             return np.zeros((0, len(self.space)), dtype=self.space.dtype)
-        return self._seen.fresh(n, propose, self.rng)
+        return self._seen.fresh(n, self.rng, propose)
 
     def tell(self, codes: Codes, values: Array, violations: Array) -> None:
         """Adds rows to the population and lets `survive` decide; a row told before is ignored."""

@@ -22,7 +22,7 @@ class Random(Strategy):
 
     def ask(self, n: int) -> Codes:
         """n random candidates as codes; fewer when the space has no others."""
-        return self._seen.fresh(n, lambda k: self.space.sample(k, self.rng), self.rng)
+        return self._seen.fresh(n, self.rng)
 
     def tell(self, codes: Codes, values: Array, violations: Array) -> None:
         """Remembers that the rows are known."""
