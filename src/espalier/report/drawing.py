@@ -61,7 +61,7 @@ class Drawing:
     left: float
     columns: tuple[Column, ...]
     tracks: tuple[Track, ...]
-    costs: tuple[str, ...]
+    most: dict[str, float]  # the largest share of a layer, for every cost that is drawn
     kinds: tuple[tuple[str, str], ...]
     words: str
     lines_y: tuple[float, ...]
@@ -95,7 +95,7 @@ def draw(stages: Sequence[Stage]) -> Drawing | None:
         left=_LEFT,
         columns=tuple(columns),
         tracks=tracks,
-        costs=tuple(costs),
+        most={c: _most(layers, c) for c in costs},
         kinds=tuple((k, KINDS[k]) for k in KINDS if k in used),
         words=_words(stages),
         lines_y=lines_y,
@@ -148,11 +148,14 @@ def _column(
 
 def _bar(layer: Layer, cost: str, floor: float, everyone: list[Layer]) -> tuple[float, float]:
     """Top and height of a cost bar; the dearest layer's bar fills the track."""
-    most = max((x.share.get(cost) or 0.0) for x in everyone)
     share = layer.share.get(cost) or 0.0
-    height = 0.0 if most <= 0 else (_TRACK - 14) * share / most
+    height = (_TRACK - 14) * share / _most(everyone, cost)
     height = max(height, 0.75) if share > 0 else 0.0
     return floor - height, height
+
+
+def _most(layers: Sequence[Layer], cost: str) -> float:
+    return max((x.share.get(cost) or 0.0) for x in layers) or 1.0
 
 
 def _title(layer: Layer) -> str:

@@ -56,7 +56,7 @@ def _answer(result: Result) -> list[str]:
     if not rows:
         return []
     chosen = _code(words.candidate(result.best.candidate))
-    heads = ("metric", "value", "spread", "how it was obtained")
+    heads = ("metric", "value", "how it was obtained")
     block = ["", "```text", chosen, "```"] if chosen else []
     return ["## The answer", "", *_table(heads, rows), *block]
 

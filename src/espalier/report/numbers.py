@@ -141,12 +141,16 @@ def points(value: Any) -> str:
 
 
 def change(value: Any, metric: str = "", unit: str = "", like: float | None = None) -> str:
-    """A signed difference in the metric's own unit."""
+    """A signed difference in the metric's own unit; `like`, the largest of those shown together,
+    sets the unit and the last digit of all."""
     number = real(value)
     if number is None:
         return DASH
     if kind(metric, unit) == "share":
         return points(number)
+    if like:
+        step = 10.0 ** (math.floor(math.log10(abs(like))) - 1)
+        number = round(number / step) * step
     return sign(number) + show(abs(number), metric, unit, digits=2, like=like)
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from espalier.report import drawing, figures, layers, numbers, tables, verdict, words
+from espalier.report import drawing, figures, front, layers, numbers, tables, verdict, words
 from espalier.report.reading import Result, plain
 
 _HEIGHTS = {"front": 480, "progress": 340, "latency": 420}
@@ -24,6 +24,7 @@ def page(result: Result) -> str:
     return _environment().get_template("page.html.j2").render(
         result=result,
         verdict=verdict.verdict(result),
+        parts=verdict.parts(result),
         warnings=[*verdict.broken(result), *verdict.ahead(result)],
         lead=verdict.lead(result),
         question=words.question(result),
@@ -33,8 +34,9 @@ def page(result: Result) -> str:
         stages=stages,
         views=views,
         heights=_HEIGHTS,
-        outside=figures.outside(result),
+        outside=front.outside(result),
         trust=tables.trust(result),
+        counts=tables.counts(result),
         effects=tables.effects(result),
         heads=heads,
         rows=rows,

@@ -6,7 +6,7 @@ from io import BytesIO
 from typing import Any
 
 from espalier.report import numbers
-from espalier.report.figures import quality_range
+from espalier.report.front import quality_range
 from espalier.report.reading import Entry, Result
 
 _ACCENT, _INK, _SOFT, _LINE = "#1f6b4a", "#1d211f", "#8b918d", "#dfe0da"

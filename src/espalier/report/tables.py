@@ -10,7 +10,7 @@ from typing import Any
 from espalier.report import numbers, verdict, words
 from espalier.report.reading import Entry, Result, keeps
 
-_SHOWN = ("latency_ms", "latency_ms_predicted", "params", "macs", "bytes", "activation_bytes")
+_SHOWN = ("latency_ms", "latency_ms_predicted", "params", "macs")
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,13 @@ def _tile(result: Result, metric: str) -> Tile:
     return Tile(mine, f"{numbers.label(metric)}, {word} {bound}", note, full, limit.kept(value))
 
 
-def readings(result: Result) -> list[tuple[str, str, str, str]]:
-    """Every number of the chosen network: metric, value, spread, how it was obtained."""
+def readings(result: Result) -> list[tuple[str, str, str]]:
+    """Every number of the chosen network: metric, value with its spread, how it was obtained."""
     best = result.best
     return [
         (
             numbers.label(m),
-            best.shown(m),
-            words.spread(best, m) or numbers.DASH,
+            " ".join(t for t in (best.shown(m), words.spread(best, m)) if t),
             words.how(result, best, m) or numbers.DASH,
         )
         for m in best.metrics
@@ -81,13 +80,18 @@ class Row:
     start: str
     candidate: str
 
+    @property
+    def part(self) -> str:
+        """The part of the table that the row stands in."""
+        return "the baselines" if self.role == "baseline" else "the answer and the front"
+
 
 def comparison(result: Result) -> tuple[list[str], list[Row]]:
     """Headings and rows: the chosen network, the rest of the front, the baselines."""
     entries = result.entries()
     quality = result.quality
     names = [quality, f"{quality}_validation", f"{quality}_estimated"]
-    names += dict.fromkeys([*result.axes, *_SHOWN])
+    names += dict.fromkeys([*result.axes[:1], *_SHOWN[:2], *result.axes, *_SHOWN])
     names = [m for m in names if any(e.value(m) is not None for e in entries)]
     heads = [_heading(result, m) for m in names]
     rows = []
@@ -96,7 +100,7 @@ def comparison(result: Result) -> tuple[list[str], list[Row]]:
         role = role or ("baseline" if entry in result.baselines else "front")
         kept = {True: "yes", False: "no", None: numbers.DASH}[keeps(result, entry)]
         cells = tuple(_cell(result, entry, m) for m in names)
-        start = words.start(entry) or numbers.DASH
+        start = entry.start or numbers.DASH
         rows.append(Row(role, entry.name, cells, kept, start, words.candidate(entry.candidate)))
     return heads, rows
 
@@ -129,7 +133,7 @@ class Effect:
 def effects(result: Result) -> list[tuple[str, list[Effect]]]:
     """A decision and its options' effects, the most influential decision first."""
     rows = [r for r in result.decisions if r.get("decision") is not None]
-    most = {k: max([abs(numbers.real(r.get(k)) or 0) for r in rows] or [0]) for k in _EFFECTS}
+    most = {k: max([abs(numbers.real(r.get(k)) or 0.0) for r in rows] or [0.0]) for k in _EFFECTS}
     metric = result.axes[0] if result.axes else ""
     unit = result.best.unit(metric)
     named = [(str(name), list(group)) for name, group in groupby(rows, key=lambda r: r["decision"])]
@@ -156,10 +160,19 @@ def _effect(
         words.option(row.get("option")),
         numbers.whole(row.get("n")),
         numbers.change(row.get("accuracy"), result.quality, quality_unit),
-        numbers.change(row.get("cost"), metric, unit),
+        numbers.change(row.get("cost"), metric, unit, like=most["cost"]),
         bars["accuracy"],
         bars["cost"],
     )
+
+
+def counts(result: Result) -> str:
+    """How many trials each phase of the progress had: "75 by search, 75 by random search"."""
+    most: dict[str, float] = {}
+    for row in result.progress:
+        phase, trial = str(row.get("phase") or "search"), numbers.real(row.get("trial"))
+        most[phase] = max(most.get(phase, 0.0), trial or 0.0)
+    return ", ".join(f"{numbers.whole(n)} by {words.PHASES.get(p, p)}" for p, n in most.items())
 
 
 def seconds(result: Result) -> list[tuple[str, str, float]]:

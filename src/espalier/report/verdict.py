@@ -10,16 +10,20 @@ from espalier.report.reading import Bound, Entry, Result, keeps
 
 def verdict(result: Result) -> str:
     """One sentence: "0.283 ms of 0.3 ms, 41.2k of 60k parameters, 98.1% test accuracy"."""
+    return ", ".join(parts(result)) or "No trained network in this result"
+
+
+def parts(result: Result) -> list[str]:
+    """The sentence in pieces, each best kept on one line: every limit or cost, then quality."""
     best = result.best
-    parts = [_cost(best, limit) for limit in result.limits]
+    out = [_cost(best, limit) for limit in result.limits]
     if not result.limits:
-        parts = [_free(best, metric) for metric in result.axes]
+        out = [_free(best, metric) for metric in result.axes]
     if best.value(result.quality) is not None:
         split = str(best.reading(result.quality).get("split") or "")
         words = [best.shown(result.quality), split, numbers.label(result.quality)]
-        parts.append(" ".join(w for w in words if w))
-    parts = [p for p in parts if p]
-    return ", ".join(parts) if parts else "No trained network in this result"
+        out.append(" ".join(w for w in words if w))
+    return [p for p in out if p]
 
 
 def _cost(entry: Entry, limit: Bound) -> str:

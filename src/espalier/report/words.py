@@ -15,6 +15,8 @@ HOW = {
     "measured": "Read on the real runtime (latency), or after training to the end (accuracy).",
 }
 
+PHASES = {"search": "search", "random": "random search"}
+
 
 def option(value: Any) -> str:
     """An option of a decision as text."""
@@ -54,13 +56,6 @@ def spread(entry: Entry, metric: str) -> str:
     if numbers.kind(metric, unit) == "share":
         return f"± {value * 100:.1f} points"
     return f"± {numbers.show(value, metric, unit, digits=2, like=entry.value(metric))}"
-
-
-def start(entry: Entry) -> str:
-    """Where the training of an entry began."""
-    return {"supernet": "the supernet's weights", "scratch": "scratch"}.get(
-        entry.start, entry.start
-    )
 
 
 def question(result: Result) -> list[tuple[str, str]]:
@@ -116,7 +111,11 @@ def _runtime(result: Result) -> str:
         return ""
     parts = [" ".join(t for t in (runtime(result), _text(about.get("version"))) if t)]
     parts += [_text(about[k]) for k in ("device", "precision") if about.get(k)]
-    parts += [f"{k} {about[k]}" for k in ("threads", "batch") if about.get(k) is not None]
+    threads = about.get("threads")
+    if threads is not None:
+        parts.append("1 thread" if threads == 1 else f"{threads} threads")
+    if about.get("batch") is not None:
+        parts.append(f"batch {about['batch']}")
     return ", ".join(parts)
 
 

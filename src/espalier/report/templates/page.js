@@ -31,8 +31,7 @@
     const { data, layout } = dress(view.figure, getComputedStyle(root));
     if (touch) layout.dragmode = false;
     return Plotly.react(box.querySelector(".plot"), data, layout, {
-      responsive: true, displaylogo: false, showTips: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displayModeBar: false, showTips: false,
     });
   };
   const boxes = [...document.querySelectorAll(".figure")];

@@ -1,0 +1,92 @@
+"""What the figures of the page share: axes, layout, hover boxes, colours.
+
+Figures are plain plotly JSON. A colour is the name of a custom property of the page's style sheet
+("@accent"), put in by the page's script, so that one figure serves the light and the dark scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+from espalier.report import numbers, words
+from espalier.report.reading import Result
+
+Figure = dict[str, Any]
+
+COLOURS = ("@hand", "@chance", "@third", "@soft", "@ink")
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Ubuntu, Cantarell, sans-serif"
+
+
+def text(plain: str) -> str:
+    """Text for a figure that no one reads as markup or as mathematics."""
+    return escape(plain).replace("$", "&#36;")
+
+
+def axis(title: str, metric: str, span: Sequence[float] = (), unit: str = "") -> Figure:
+    """An axis with ticks in the metric's own way: per cent, k and M, bytes."""
+    way = numbers.kind(metric, unit)
+    formats = {"share": ".0%", "count": "~s", "bytes": "~s"}
+    out: Figure = {
+        "title": {"text": text(title), "standoff": 10},
+        "gridcolor": "@line",
+        "linecolor": "@line",
+        "zeroline": False,
+        "automargin": True,
+        "tickformat": formats.get(way, ""),
+        "ticksuffix": "B" if way == "bytes" else "",
+    }
+    if span:
+        out["range"] = list(span)
+    return out
+
+
+def layout(x: Figure, y: Figure, **more: Any) -> Figure:
+    """A quiet layout: no background, thin grid, the legend below."""
+    return {
+        "font": {"family": _FONT, "size": 13, "color": "@ink"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 56, "r": 16, "t": 26, "b": 48},
+        "hovermode": "closest",
+        "hoverlabel": {
+            "bgcolor": "@paper",
+            "bordercolor": "@line",
+            "align": "left",
+            "font": {"family": _FONT, "size": 12, "color": "@ink"},
+        },
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": -0.2,
+            "yanchor": "top",
+            "itemsizing": "constant",
+        },
+        "xaxis": x,
+        "yaxis": y,
+        **more,
+    }
+
+
+def unit_of(result: Result, metric: str) -> str:
+    """The unit of a metric, from the chosen network or from its limit."""
+    limit = result.limit(metric)
+    return result.best.unit(metric) or (limit.unit if limit else "")
+
+
+def titled(metric: str, unit: str) -> str:
+    """An axis title: the metric, with its unit where the ticks do not show it."""
+    name = numbers.label(metric)
+    return f"{name} (ms)" if numbers.kind(metric, unit) == "ms" else name
+
+
+def hover(head: str, lines: Iterable[str], chosen: Mapping[str, Any]) -> str:
+    """A hover box: a bold head, the numbers, and the candidate wrapped to a readable width."""
+    wrapped = wrap(words.candidate(chosen), 56)
+    if len(wrapped) > 9:
+        wrapped = [*wrapped[:9], "…"]
+    body = [text(line) for line in [*lines, *wrapped] if line]
+    return "<br>".join([f"<b>{text(head)}</b>", *body])
