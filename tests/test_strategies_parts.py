@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, SpaceError
 from espalier.solvers import strategies
 from espalier.solvers.strategies import NSGA2, Evolution, Random
 from espalier.solvers.strategies.fresh import Seen
@@ -95,14 +95,19 @@ def test_seen_finds_the_last_row_of_a_listed_space() -> None:
 
 
 def test_seen_lists_a_large_space_that_constraints_make_small() -> None:
-    space = Space(
-        [integer(f"x{i}", 0, 9) for i in range(8)],
-        [Linear({f"x{i}": 1 for i in range(8)}, "<=", 2)],
-    )
+    pairs = [Linear({f"x{i}": 1, f"x{i + 1}": 1}, "<=", 1) for i in (0, 2, 4, 6)]
+    space = Space([integer(f"x{i}", 0, 9) for i in range(8)], pairs)
     assert space.size > 10**7
     strategy = Random(space, 0)
-    asked = sum(len(strategy.ask(20)) for _ in range(4))
-    assert asked == len(space.enumerate()) == 45
+    asked = sum(len(strategy.ask(20)) for _ in range(6))
+    assert asked == len(space.enumerate()) == 3**4
+
+
+def test_constraints_that_nothing_keeps_are_said() -> None:
+    space = Space([integer("x", 0, 9)], [Linear({"x": 1}, "<=", -1)])
+    for name in strategies.STRATEGIES:
+        with pytest.raises(SpaceError, match="constraints"):
+            strategies.make(name, space, 0).ask(3)
 
 
 def test_a_space_with_a_real_decision_never_ends() -> None:
