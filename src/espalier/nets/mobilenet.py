@@ -19,9 +19,9 @@ from espalier.nets.supernet import Supernet
 # By number of stages. Widths are multiples of 8, which kernels of every runtime like.
 STEM = {3: (8, 16), 4: (8, 16, 24), 5: (16, 24, 32)}
 WIDTHS: dict[int, tuple[Options, ...]] = {
-    3: ((8, 16, 24), (16, 24, 32, 40), (24, 32, 48, 64)),
-    4: ((8, 16, 24), (16, 24, 32), (24, 32, 48, 64), (32, 48, 64, 96)),
-    5: ((16, 24), (16, 24, 32), (24, 32, 48), (48, 64, 96), (64, 96, 128, 160)),
+    3: ((8, 16), (16, 24, 32), (24, 32, 48)),
+    4: ((8, 16), (16, 24, 32), (24, 32, 48), (32, 48, 64)),
+    5: ((16, 24), (24, 32, 40), (32, 48, 64), (64, 80, 96), (96, 128, 160)),
 }
 HEAD: dict[int, Options] = {3: (32, 64, 96), 4: (64, 96, 128), 5: (128, 256, 384)}
 
@@ -73,7 +73,7 @@ class MobileNet(Supernet):
         widths: Sequence[Options | int] | None = None,
         depth: Options | int = (1, 2, 3),
         kernel: Options | int = (3, 5),
-        expansion: Options | float = (2, 3, 4, 6),
+        expansion: Options | float = (2, 3, 4),
         head: Options | int | None = None,
     ) -> None:
         super().__init__(shape, classes)

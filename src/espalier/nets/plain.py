@@ -128,4 +128,3 @@ def _frames(trace: TracebackType | None) -> list[tuple[Any, int]]:
         out.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
     return out
-

@@ -16,11 +16,11 @@ from espalier.nets.blocks import Options, conv_norm, per_stage, resolutions, str
 from espalier.nets.elastic import Dim, Linear, Repeat, Resize
 from espalier.nets.supernet import Supernet
 
-# By number of stages.
+# By number of stages. Widths are multiples of 8, which kernels of every runtime like.
 WIDTHS: dict[int, tuple[Options, ...]] = {
-    3: ((8, 16, 24), (16, 24, 32, 40), (24, 32, 48, 64)),
-    4: ((8, 16, 24), (16, 24, 32), (24, 32, 48, 64), (32, 48, 64, 96)),
-    5: ((16, 24), (24, 32, 48), (32, 48, 64), (48, 64, 96), (64, 96, 128, 160)),
+    3: ((8, 16), (16, 24, 32), (24, 32, 48)),
+    4: ((8, 16), (16, 24, 32), (24, 32, 48), (32, 48, 64)),
+    5: ((16, 24), (24, 32, 40), (32, 48, 64), (64, 80, 96), (96, 128, 160)),
 }
 
 

@@ -13,7 +13,7 @@ from espalier.nets.collect import Layers, collect, layers, settle
 from espalier.nets.family import Family
 from espalier.nets.plain import plain
 from espalier.nets.units import Unit, Units
-from espalier.space import Candidate, Constraint, Option, Space
+from espalier.space import Candidate, Constraint, Option, Real, Space
 
 
 def check_input(shape: Sequence[int], classes: int) -> tuple[int, int, int]:
@@ -77,7 +77,7 @@ class Supernet(nn.Module, Family):
     def activate(self, candidate: Mapping[str, Option]) -> None:
         """Makes `forward` run `candidate`, in place. Errors: `SpaceError` where it is not valid."""
         known = self._checked(candidate)
-        settle(self._elastic(), known)
+        settle(self._elastic(), known.to_json())
         self._active = known
 
     def _checked(self, candidate: Mapping[str, Option]) -> Candidate:
@@ -88,15 +88,16 @@ class Supernet(nn.Module, Family):
         space = self.space
         if not isinstance(candidate, Candidate):
             return space.candidate(candidate)
+        given = candidate.to_json()
         known = 0
         for decision in space.decisions:
-            active = all(candidate.get(name) in allowed for name, allowed in decision.when.items())
-            if active != (decision.name in candidate):
-                return space.candidate(candidate)
-            if active:
-                decision.code(candidate[decision.name])
+            name = decision.name
+            if all(given.get(parent) in allowed for parent, allowed in decision.when.items()):
+                if name not in given:
+                    return space.candidate(candidate)  # which says what is wrong
+                decision.code(given[name])
                 known += 1
-        return candidate if known == len(candidate) else space.candidate(candidate)
+        return candidate if known == len(given) else space.candidate(candidate)
 
     def _elastic(self) -> Layers:
         if self._layers is None:
@@ -133,11 +134,12 @@ class Supernet(nn.Module, Family):
         """
         if not 0 <= scale <= 1:
             raise SpaceError(f"a scale is a number from 0 to 1, got {scale!r}")
-        row = []
+        row: list[float] = []
         for decision in self.space.decisions:
-            first, last = (float(self.space.corner(end)[0, len(row)]) for end in (False, True))
-            at = first + scale * (last - first)
-            row.append(at if decision.kind == "real" else float(round(at)))
+            if isinstance(decision, Real):
+                row.append(decision.low + scale * (decision.high - decision.low))
+            else:
+                row.append(round(scale * (decision.count - 1)))
         codes = np.array([row], dtype=self.space.dtype)
         return self.space.decode(self.space.canonical(codes))[0]
 

@@ -21,7 +21,7 @@ from espalier.nets.collect import layers, settle
 from espalier.nets.elastic.containers import Repeat
 from espalier.nets.elastic.dims import Choices
 from espalier.nets.plain import plain
-from espalier.space import Candidate
+from espalier.space import Candidate, Real
 
 if TYPE_CHECKING:
     from espalier.nets.supernet import Supernet
@@ -61,9 +61,9 @@ class _Probe(nn.Module):
     def __init__(self, name: str, piece: nn.Module, shadow: _Shadow) -> None:
         super().__init__()
         self._name, self._shadow = name, shadow
-        self._piece = [piece]  # in a list, so that it is no child
-        self._layers = layers(piece)
-        self._own = tuple(sorted({name for _, names in self._layers for name in names}))
+        self._own = tuple(sorted({n for _, names in layers(piece) for n in names}))
+        self._piece = [_lighter(piece)]  # in a list, so that it is no child
+        self._layers = layers(self._piece[0])
         self._outputs: dict[tuple[Any, ...], Shape] = {}
 
     @property
@@ -111,6 +111,16 @@ class _Shadow:
         settle(self._outer, choices)
         self.root(torch.empty(1, *self.root.shape, device="meta"))
         return self.seen
+
+
+def _lighter(piece: nn.Module) -> nn.Module:
+    """Takes norms out: they keep shapes, and on the meta device torch is slow at them."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    for module in list(piece.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, norms):
+                module._modules[name] = nn.Identity()
+    return nn.Identity() if isinstance(piece, norms) else piece
 
 
 def _meta(tensor: Tensor) -> Tensor:
@@ -190,14 +200,14 @@ class Units:
         space = self._supernet.space
         active = space.active(row[None])[0]
         for column, decision in enumerate(space.decisions):
-            codes = np.repeat(row[None], max(decision.count, 2), axis=0)
-            if decision.kind == "real":
-                codes[:, column] = [space.corner(end)[0, column] for end in (False, True)]
-            else:
-                codes[:, column] = np.arange(decision.count)
-            if active[column]:
-                for candidate in space.decode(space.canonical(codes)):
-                    yield decision.name, candidate
+            if not active[column]:
+                continue
+            ends = [decision.low, decision.high] if isinstance(decision, Real) else []
+            values = ends or list(range(decision.count))
+            codes = np.repeat(row[None], len(values), axis=0)
+            codes[:, column] = values
+            for candidate in space.decode(space.canonical(codes)):
+                yield decision.name, candidate
 
 
 def _divides(supernet: nn.Module) -> bool:

@@ -45,7 +45,8 @@ class Attention(nn.Module):
         return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        heads: Tensor = torch.unflatten(x, -1, (-1, self.head_width))
+        return heads.transpose(1, 2)
 
 
 class Parameter(Elastic):

@@ -109,15 +109,10 @@ class _Convolution(Elastic):
                 f"a convolution declared for {self._inputs} channels ({text(self.in_channels)})"
                 f" got {x.shape[1]}: declare the channels that the layer before it gives"
             )
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self._cut is not None:
-            part = weight[self._cut]
-            if bias is not None and len(bias) != self._outputs:
-                return self._run(x, part, bias[: self._outputs])
-            return self._run(x, part, bias)
-        return self._run(x, weight, bias)
-
-    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            weight, bias = weight[self._cut], None if bias is None else bias[: self._outputs]
         return F.conv2d(x, weight, bias, self.stride, self._pad, 1, self._groups)
 
     def plain(self, make: Maker) -> nn.Module:
@@ -198,6 +193,9 @@ class DepthwiseConv2d(_Convolution):
 class Linear(Elastic):
     """A linear layer `(..., in) -> (..., out)`; both are sizes."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, in_features: Dim, out_features: Dim, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -212,7 +210,8 @@ class Linear(Elastic):
         """Fresh weights, as torch's own layer has them."""
         outputs, inputs = self.weight.shape
         layer = nn.Linear(inputs, outputs, bias=self.bias is not None, device="meta")
-        layer.weight, layer.bias = self.weight, self.bias
+        layer.weight = self.weight
+        layer.register_parameter("bias", self.bias)
         initialise(layer)
 
     def decisions(self) -> tuple[Decision, ...]:
@@ -233,9 +232,7 @@ class Linear(Elastic):
             )
         if self._cut is None:
             return F.linear(x, self.weight, self.bias)
-        bias = self.bias
-        if bias is not None and len(bias) != self._outputs:
-            bias = bias[: self._outputs]
+        bias = None if self.bias is None else self.bias[: self._outputs]
         return F.linear(x, self.weight[self._cut], bias)
 
     def plain(self, make: Maker) -> nn.Module:

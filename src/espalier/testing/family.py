@@ -1,0 +1,189 @@
+"""The suite that any family must pass: `check_family(MyFamily())`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import SpaceError
+from espalier.nets import Family, Supernet
+from espalier.space import Candidate
+
+RANDOM = 6  # candidates drawn at random, beside the smallest and the largest
+
+
+def check_family(family: Family, seed: int = 0) -> None:
+    """Checks everything that the rest of Espalier expects of a family.
+
+    Every sampled candidate builds a plain network that gives `(batch, classes)`, is trainable and
+    is decided by torch's seed. Of supernets also: the active candidate computes what its extract
+    computes, extracting leaves no trace, and the units add up to the whole.
+    Errors: `AssertionError`, saying what is wrong with which candidate.
+    """
+    candidates = sampled(family, seed)
+    _check_face(family)
+    for candidate in candidates:
+        check_network(family, candidate, seed)
+    if not isinstance(family, Supernet):
+        return
+    _check_refusals(family, candidates[0])
+    for candidate in candidates:
+        check_extract(family, candidate, seed)
+        check_units(family, candidate)
+    check_unit_decisions(family, seed)
+
+
+def sampled(family: Family, seed: int) -> list[Candidate]:
+    """The first, the last and some random candidates of a family, all valid, none twice."""
+    space, rng = family.space, np.random.default_rng(seed)
+    ends = np.concatenate([space.corner(False), space.corner(True)])
+    codes = np.concatenate([ends[space.valid(ends)], space.sample(RANDOM, rng)])
+    return list(space.decode(codes[space.unique(codes)]))
+
+
+def _check_face(family: Family) -> None:
+    assert len(family.space) > 0, "the space has no decisions"
+    assert all(isinstance(n, int) and n > 0 for n in family.shape), f"shape is {family.shape}"
+    assert isinstance(family.classes, int), f"classes is {family.classes!r}"
+    example = family.example(3)
+    assert tuple(example.shape) == (3, *family.shape), f"example(3) has {tuple(example.shape)}"
+    assert family.name, "the family has no name"
+
+
+def check_network(family: Family, candidate: Candidate, seed: int = 0) -> None:
+    """One candidate builds, is plain, runs in both modes, learns, and hangs on the seed alone."""
+    network = _built(family, candidate, seed)
+    check_plain(network, str(candidate))
+    same, other = _built(family, candidate, seed), _built(family, candidate, seed + 1)
+    assert _equal(network, same), f"{candidate}: one seed gives two networks"
+    random = next(network.parameters(), None) is not None
+    assert not random or not _equal(network, other), f"{candidate}: the seed changes no weight"
+    inputs = noise(family, 4, seed)
+    for mode in (True, False):
+        outputs = network.train(mode)(inputs)
+        got, wanted = tuple(outputs.shape), (4, family.classes)
+        assert got == wanted, f"{candidate}: the output is {got}, not {wanted}"
+        assert torch.isfinite(outputs).all(), f"{candidate}: the output is not finite"
+    network.train()(inputs).square().mean().backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert gradients, f"{candidate}: no weight gets a gradient"
+    assert all(bool(torch.isfinite(g).all()) for g in gradients), f"{candidate}: gradients diverge"
+
+
+def check_plain(network: nn.Module, label: str = "the network") -> None:
+    """No class of Espalier is anywhere in the network, nor called by it."""
+    for path, module in network.named_modules():
+        for kind in type(module).__mro__:
+            assert not _ours(kind), (
+                f"{label}: {path or 'the root'} is a {kind.__name__} of Espalier"
+            )
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                assert not _ours(node.target), f"{label}: calls {node.target} of Espalier"
+                noted = node.meta.get("nn_module_stack", {})
+                assert not noted, f"{label}: node {node} still names the classes it came from"
+
+
+def _ours(thing: object) -> bool:
+    module = getattr(thing, "__module__", None) or ""
+    return module == "espalier" or module.startswith("espalier.")
+
+
+def noise(family: Family, batch: int, seed: int) -> Tensor:
+    """Normal noise of the family's shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *family.shape, generator=generator)
+
+
+def _built(family: Family, candidate: Candidate, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family.build(candidate)
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+# --- supernets ---------------------------------------------------------------------------------
+
+
+def _check_refusals(family: Supernet, candidate: Candidate) -> None:
+    for wrong in ({**candidate, "no such decision": 1}, {}):
+        try:
+            family.activate(wrong)
+        except SpaceError:
+            continue
+        if len(candidate):
+            raise AssertionError(f"activate takes a candidate that is not of the space: {wrong}")
+
+
+def check_extract(family: Supernet, candidate: Candidate, seed: int = 0) -> None:
+    """What is extracted computes what is active, and the supernet is as it was before."""
+    family.activate(candidate)
+    inputs = noise(family, 16, seed)
+    family.train()
+    with torch.no_grad():
+        for _ in range(3):  # sets the statistics of batch norms for this candidate
+            family(inputs)
+    family.eval()
+    before = {name: value.clone() for name, value in family.state_dict().items()}
+    state = torch.random.get_rng_state()
+    network = family.extract(candidate)
+    assert torch.equal(state, torch.random.get_rng_state()), "extract draws random numbers"
+    assert family.active == candidate, f"{candidate}: extract changes what is active"
+    assert not family.training, f"{candidate}: extract changes the mode"
+    assert not network.training, f"{candidate}: what is extracted is not in the supernet's mode"
+    check_plain(network, str(candidate))
+    shared = {p.data_ptr() for p in family.parameters()} & {
+        p.data_ptr() for p in network.parameters()
+    }
+    assert not shared, f"{candidate}: what is extracted shares weights with the supernet"
+    with torch.no_grad():
+        expected, got = family(inputs), network(inputs)
+    worst = float((expected - got).abs().max()) / max(1.0, float(expected.abs().max()))
+    assert worst <= 1e-5, f"{candidate}: extracted and active differ by {worst:.2g}"
+    after = family.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before), f"{candidate}: weights changed"
+
+
+def check_units(family: Supernet, candidate: Candidate) -> None:
+    """The units' parameters add up to the network's, and each takes the input it names."""
+    total = 0
+    for unit in family.units():
+        found = family.unit(unit.name, candidate)
+        if found is None:
+            continue
+        module, shape = found
+        check_plain(module, f"unit {unit.name}")
+        total += _parameters([module])
+        with torch.no_grad():
+            module.eval()(torch.zeros(2, *shape))
+    whole = _parameters([family.extract(candidate)])
+    assert total == whole, f"{candidate}: the units have {total} parameters, the network {whole}"
+
+
+def _parameters(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def check_unit_decisions(family: Supernet, seed: int = 0) -> None:
+    """Changing decisions that a unit does not name changes neither its module nor its input."""
+    rng = np.random.default_rng(seed)
+    for unit in family.units():
+        columns = [i for i, name in enumerate(family.space.names) if name in unit.decisions]
+        codes = family.space.sample(4, rng)
+        codes[:, columns] = codes[:1, columns]
+        kept = family.space.decode(family.space.canonical(codes))
+        # what a change made inactive may differ; compare where all that the unit names is equal
+        alike = [c for c in kept if all(c.get(n) == kept[0].get(n) for n in unit.decisions)]
+        found = [f for f in (family.unit(unit.name, c) for c in alike) if f is not None]
+        for (one, here), (two, there) in pairwise(found):
+            assert here == there, f"unit {unit.name}: input {here} or {there} for equal decisions"
+            shapes = [[tuple(p.shape) for p in m.parameters()] for m in (one, two)]
+            assert shapes[0] == shapes[1], f"unit {unit.name}: two modules for equal decisions"
