@@ -85,15 +85,27 @@ def traced(module: nn.Module, name: str) -> fx.GraphModule:
     except Exception as error:
         raise ExportError(_why(module, error)) from error
     _refuse_frozen_mode(graph, name)
+    _drop_identities(module, graph)
+    _forget_origin(graph)
+    return fx.GraphModule(module, graph, name)
+
+
+def _drop_identities(module: nn.Module, graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        # tracing notes the classes it went through; they must not travel with the network
-        node.meta.clear()
         if node.op == "call_module" and isinstance(
             module.get_submodule(str(node.target)), nn.Identity
         ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return fx.GraphModule(module, graph, name)
+
+
+def _forget_origin(graph: fx.Graph) -> None:
+    """Tracing notes classes, annotations and files on its way; they must not travel along."""
+    for node in graph.nodes:
+        node.meta.clear()
+        node.type = None  # an annotation kept as a string also breaks pickling
+    if hasattr(graph, "_co_fields"):
+        graph._co_fields = {}
 
 
 def _refuse_frozen_mode(graph: fx.Graph, name: str) -> None:
