@@ -52,11 +52,11 @@ class Search:
         ask = self._resumed()
         while ask is not None:
             self.runner.run(pool)
+            check_hope(self.book, self.trials)
             # a last ask that was cut short is not told: a resume with more trials completes it
             if self._stopped() or self._unmade(ask):
                 return
             self._tell(ask)
-            check_hope(self.book, self.trials)
             ask = self._ask()
 
     @property
