@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from espalier.costs.cost import Builder, Cost
+from espalier.costs.pieces import unseeded
 from espalier.costs.runtime import OnnxRuntime
 from espalier.costs.timing import Timing
 from espalier.problem import Metric, Metrics
@@ -44,8 +44,7 @@ class MeasuredLatency(Cost):
     def timing(self, candidate: Candidate) -> Timing:
         """The whole timing of one candidate."""
         if candidate not in self._known:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with unseeded():
                 network = self.family.build(candidate)
             timing = self.runtime.measure(network, self.family.example(self.runtime.batch))
             if timing.busy and self.note is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,8 +94,7 @@ class Pieces:
 
     def network(self, candidate: Candidate) -> nn.Module:
         """The whole network; torch's random generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with unseeded():
             network: nn.Module = self.family.build(candidate)
             return network
 
@@ -118,6 +118,14 @@ def _made(family: Builder) -> Pieces:
         if units.adds_up():
             return units
     return _Networks(family)
+
+
+@contextmanager
+def unseeded() -> Iterator[None]:
+    """Weights made inside are always the same, and torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def noise(shape: Sequence[int]) -> Tensor:
@@ -191,7 +199,7 @@ class _Units(Pieces):
 
     def _running(self, row: Codes) -> dict[str, bool]:
         candidate = self.space.decode(row)[0]
-        return {u.name: self.family.unit(u.name, candidate) is not None for u in self.units}
+        return {u.name: self._unit(u.name, candidate) is not None for u in self.units}
 
     def parts(self, codes: Codes) -> Iterator[Part]:
         codes = self.space.canonical(codes)
@@ -220,7 +228,7 @@ class _Units(Pieces):
             key = (unit.name, *codes[row, columns].tolist())
             if key not in self._runs:
                 candidate = self.space.decode(codes[row : row + 1])[0]
-                self._runs[key] = self.family.unit(unit.name, candidate) is not None
+                self._runs[key] = self._unit(unit.name, candidate) is not None
             answers[i] = self._runs[key]
         return answers[inverse]
 
@@ -228,13 +236,19 @@ class _Units(Pieces):
         key = (unit.name, *row[0, columns].tolist())
         if key not in self._found:
             candidate = self.space.decode(row)[0]
-            made = self.family.unit(unit.name, candidate)
+            made = self._unit(unit.name, candidate)
             self._found[key] = made and _piece(made[0], noise(made[1]), candidate, unit.name)
         return self._found[key]
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
-        module, shape = self.family.unit(piece.unit, piece.candidate)
-        return module, noise(shape)
+        made = self._unit(piece.unit, piece.candidate)
+        assert made is not None  # it was there when the piece was met
+        return made[0], noise(made[1])
+
+    def _unit(self, name: str, candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]] | None:
+        with unseeded():
+            found: tuple[nn.Module, tuple[int, ...]] | None = self.family.unit(name, candidate)
+            return found
 
 
 def _options(space: Any, row: Codes, column: int) -> list[Codes]:
