@@ -6,10 +6,17 @@ This module is the public face and nothing else. Names load when first used, so 
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if "torch" not in sys.modules:
+    # OpenMP threads that spin while they wait make everything crawl (10 to 100 times, measured)
+    # as soon as anything else runs on the machine. OpenMP reads this once, when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from espalier import costs as costs

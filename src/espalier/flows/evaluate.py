@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from espalier import train
 from espalier.estimators import Estimator
 from espalier.nets import Family
 from espalier.problem import Reading
 from espalier.space import Candidate
-from espalier.tasks import Split, Task
+from espalier.tasks import Task
 from espalier.train import Recipe
 
 Start = Literal["supernet", "scratch"]
@@ -88,47 +87,3 @@ def trained_network(family: Family, candidate: Candidate, weights: Path) -> nn.M
         network = family.build(candidate)
     network.load_state_dict(load_file(weights))
     return network.eval()
-
-
-class FewBatches(Task):
-    """A task that ends each pass after a few batches: for timing a step, never for results."""
-
-    def __init__(self, task: Task, count: int) -> None:
-        self._task, self._count = task, count
-        self.name, self.shape, self.classes = task.name, task.shape, task.classes
-        self.metrics = task.metrics
-
-    def size(self, split: Split) -> int:
-        """The size of the whole split."""
-        return self._task.size(split)
-
-    def batches(
-        self,
-        split: Split,
-        batch: int,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first few batches."""
-        for i, pair in enumerate(self._task.batches(split, batch, generator, augment)):
-            if i >= self._count:
-                return
-            yield pair
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's loss."""
-        return self._task.loss(outputs, targets)
-
-    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """The task's metrics."""
-        return self._task.measure(outputs, targets)
-
-    @property
-    def fingerprint(self) -> str:
-        """The task's fingerprint."""
-        return self._task.fingerprint
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._task, name)

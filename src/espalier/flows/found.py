@@ -13,6 +13,7 @@ from espalier import report
 from espalier.errors import BudgetError
 from espalier.export import Exported, export
 from espalier.flows.evaluate import trained_network, weights_path
+from espalier.flows.pricing import Pricing
 from espalier.flows.result import result_json
 from espalier.space import Candidate
 from espalier.study import Study, Trial
@@ -97,6 +98,11 @@ class Found:
     def report(self) -> Path:
         """Writes the HTML page, Markdown and JSON into the study's folder; gives the page."""
         return report.write(self._result, self.folder)["html"]
+
+    @property
+    def pricing(self) -> Pricing:
+        """Prices code arrays of the family: counted costs and predicted latency."""
+        return self._job.pricing
 
     @property
     def quality(self) -> str:

@@ -8,16 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from espalier import train
 from espalier.costs import Cost, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError
 from espalier.estimators import Estimator, OneShot, Trained
-from espalier.flows.evaluate import FewBatches, Finish, Score, derive, trained_network, weights_path
+from espalier.flows.evaluate import Finish, Score, derive, trained_network, weights_path
 from espalier.flows.plan import Plan, make_plan
 from espalier.flows.pricing import Codes, Pricing, hand_scaled
 from espalier.flows.progress import Display
+from espalier.flows.speed import FewBatches, threads, timed_second
 from espalier.nets import Family
 from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget, front
 from espalier.solvers import strategies
@@ -59,10 +61,13 @@ class Job:
     show: Display
     own_costs: tuple[Cost, ...] = ()
     own_estimator: Estimator | None = None
+    own_plan: Plan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     pricing: Pricing = field(init=False)
     predicted: PredictedLatency = field(init=False)
     plan: Plan = field(init=False)
+    threads: int = 1
+    started: float = field(default_factory=time.time)
 
     # --- what is asked ---------------------------------------------------------------------
 
@@ -97,12 +102,19 @@ class Job:
         self.show.phase("timing a training step", 1)
 
         def decide() -> dict[str, Any]:
-            speed = {} if self.budget.seconds is None else self._speed()
-            spent = sum(self.seconds.values())
-            plan = make_plan(self.budget, spent, speed, self.workers, self.shared)
+            speed = {"threads": float(torch.get_num_threads())}
+            plan = self.own_plan
+            if plan is None and self.budget.seconds is not None:
+                speed = self._speed()
+            if plan is None:
+                spent = time.time() - self.started
+                plan = make_plan(self.budget, spent, speed, self.workers, self.shared)
             return {"plan": plan.to_json(), "speed": speed}
 
-        self.plan = Plan(**self.study.once("plan", decide)["plan"])
+        decided = self.study.once("plan", decide)
+        self.plan = Plan(**decided["plan"])
+        # on record, because sums in another order give other last bits
+        self.threads = int(decided["speed"]["threads"])
         p = self.plan
         self.show.note(
             f"plan: {p.supernet_epochs} epochs of the supernet, {p.trials} trials, "
@@ -110,32 +122,27 @@ class Job:
         )
 
     def _speed(self) -> dict[str, float]:
+        """Seconds of an epoch of the supernet, of an epoch of a middling candidate and of a trial,
+        and the number of threads that trains the supernet fastest on this machine as it is now."""
         few, one = FewBatches(self.task, 4), replace(self.recipe, epochs=1)
         steps = max(self.task.size("train") // self.recipe.batch, 1)
         share = steps / min(4, steps)
         middle = self.family.space.decode(hand_scaled(self.family.space, self.family, 3)[1:2])
-        speed = {"supernet_epoch": 0.0}
         probe = copy.deepcopy(self.family)
+        all_threads = torch.get_num_threads()
+        speed = {"supernet_epoch": 0.0, "threads": float(all_threads)}
         if self.shared:
-            train.train_supernet(probe, few, one, 0)
-            started = time.perf_counter()
-            train.train_supernet(probe, few, one, 0)
-            speed["supernet_epoch"] = share * (time.perf_counter() - started)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1 if self.workers > 0 else threads)
-        try:
-            network = probe.build(middle[0])
-            train.fit(network, few, one, 0)
-            started = time.perf_counter()
-            train.fit(network, few, one, 0)
-            speed["final_epoch"] = share * (time.perf_counter() - started)
-            estimator = self._estimator(probe)
-            estimator.estimate(middle)
-            started = time.perf_counter()
-            estimator.estimate(middle)
-            speed["trial"] = time.perf_counter() - started
-        finally:
-            torch.set_num_threads(threads)
+            timed = {
+                n: share * timed_second(lambda: train.train_supernet(probe, few, one, 0), n)
+                for n in sorted({1, all_threads})
+            }
+            fastest = min(timed, key=lambda n: timed[n])
+            speed.update(supernet_epoch=timed[fastest], threads=float(fastest))
+        alone = 1 if self.workers > 0 else all_threads
+        network = probe.build(middle[0])
+        estimator = self._estimator(probe)
+        speed["final_epoch"] = share * timed_second(lambda: train.fit(network, few, one, 0), alone)
+        speed["trial"] = timed_second(lambda: estimator.estimate(middle), alone)
         return speed
 
     def _estimator(self, family: Family) -> Estimator:
@@ -151,14 +158,15 @@ class Job:
             return
         self.show.phase("training the supernet", self.plan.supernet_epochs)
         recipe = replace(self.recipe, epochs=self.plan.supernet_epochs)
-        train.train_supernet(
-            self.family,
-            self.task,
-            recipe,
-            derive(self.seed, "supernet"),
-            checkpoint=self.study.folder / "supernet.safetensors",
-            progress=self.show.step,
-        )
+        with threads(self.threads):
+            train.train_supernet(
+                self.family,
+                self.task,
+                recipe,
+                derive(self.seed, "supernet"),
+                checkpoint=self.study.folder / "supernet.safetensors",
+                progress=self.show.step,
+            )
 
     def explore(self, strategy: str, phase: str) -> list[Trial]:
         """One search over the space; every trial is recorded."""
@@ -238,30 +246,28 @@ class Job:
         self, candidates: Iterable[Candidate], count: int, taken: Sequence[Candidate] = ()
     ) -> list[Candidate]:
         """The first `count` candidates that keep the limits as measured on the real runtime."""
-        out: list[Candidate] = []
+        within: list[Candidate] = []
         near: list[Candidate] = []
-        slow = 1.0
-        tried = 0
+        ratios: list[float] = []
         for candidate in candidates:
-            if len(out) >= count or tried >= _MEASURED_AT_MOST:
+            if len(within) >= count or len(ratios) >= _MEASURED_AT_MOST:
                 break
-            if candidate in taken or candidate in out:
+            if candidate in taken:
                 continue
             price = self.price(candidate)
-            guess = {**price, "latency_ms": replace(price["latency_ms"], how="predicted")}
-            scaled = replace(guess["latency_ms"], value=guess["latency_ms"].value * slow)
-            if tried >= 4 and not self.keeps({**guess, "latency_ms": scaled}):
+            predicted = price["latency_ms"]
+            # where the table is off by a factor for all, don't measure what can't keep the limit
+            usual = float(np.median(ratios)) if len(ratios) >= 4 else 1.0
+            corrected = replace(predicted, value=predicted.value * usual)
+            if not self.keeps({**price, "latency_ms": corrected}):
                 continue
-            tried += 1
             reading = self.measured(candidate, None, "latency")
-            if tried <= 4:
-                slow = max(slow * 0.5 + 0.5 * reading.value / price["latency_ms"].value, 0.5)
-            with_measured = {**price, "latency_ms": reading}
-            if self.keeps(with_measured, _MARGIN):
-                out.append(candidate)
-            elif self.keeps(with_measured):
+            ratios.append(reading.value / predicted.value)
+            if self.keeps({**price, "latency_ms": reading}, _MARGIN):
+                within.append(candidate)
+            elif self.keeps({**price, "latency_ms": reading}):
                 near.append(candidate)
-        return (out + near)[:count]
+        return (within + near)[:count]
 
     def ordered(self, trials: Sequence[Trial]) -> list[Candidate]:
         """Trials that keep the limits as predicted, the best estimate first, cheap before dear."""
@@ -377,8 +383,6 @@ class Job:
     def non_dominated(self, entries: Sequence[Entry]) -> list[Entry]:
         """The front of trained, measured entries by validation quality and measured cost."""
         sign = -1.0 if self.quality.goal == "max" else 1.0
-        import numpy as np
-
         values = np.array(
             [
                 [sign * e.metrics[f"{self.quality.name}_validation"].value, e.metrics[self.axis].value]

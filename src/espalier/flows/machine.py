@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+from espalier.costs.machine import cores, processor
 
 
 def versions() -> dict[str, str]:
@@ -36,7 +27,7 @@ def machine() -> dict[str, Any]:
     found = versions()
     return {
         "cpu": processor(),
-        "cores": psutil.cpu_count(logical=True),
+        "cores": cores(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": found["python"],

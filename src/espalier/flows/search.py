@@ -17,8 +17,10 @@ from espalier.errors import EspalierError
 from espalier.estimators import Estimator
 from espalier.flows.found import Found
 from espalier.flows.job import Entry, Job
+from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
+from espalier.flows.reuse import take_over
 from espalier.nets import Family
 from espalier.problem import Limit, Limits, SearchBudget, limits
 from espalier.solvers import strategies
@@ -45,6 +47,8 @@ def search(
     estimator: Estimator | None = None,
     costs: Sequence[CostLike] = (),
     recipe: Recipe | None = None,
+    plan: Plan | None = None,
+    reuse: str | Path | None = None,
     progress: Display | None = None,
 ) -> Found:
     """Finds the network of a family that does a task best within limits measured on a device.
@@ -60,6 +64,10 @@ def search(
     - `on`: the runtime that latency is measured on.
     - `budget`: what the search may spend: "2min", "500 trials", or both.
     - `workers`: processes that score and train; 0 works in this one. The result is the same.
+    - `plan`: epochs, trials and finalists, where you would rather say them than have the time
+      divided for you.
+    - `reuse`: the folder of an earlier study of the same family, data and recipe: its supernet and
+      its latency table are taken over, and only the search and the final training are paid again.
     - `costs`: own costs, or callables that make one from the family.
     - `out`: the study's folder; a new one under `runs/` when absent. `resume` goes on from it.
 
@@ -89,8 +97,10 @@ def search(
             show.note(text)
         job = Job(
             made, task, asked, runtime, study, strategy, seed, workers, spent,
-            recipe or Recipe(), show, own, estimator,
+            recipe or Recipe(), show, own, estimator, plan,
         )  # fmt: skip
+        if reuse is not None:
+            take_over(job, Path(reuse), identity)
         return _run(job, counts)
 
 

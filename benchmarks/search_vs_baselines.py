@@ -1,0 +1,360 @@
+"""The found network against what people would do instead, at the same measured latency.
+
+For each data set, latency budget and seed, all trained with the same recipe and epochs:
+
+- found: `espalier.search`, the network it hands out (the better of two starts, by validation);
+- found, from scratch: the same, but no network starts from the supernet's weights;
+- uniform: the same family scaled by hand to the same latency;
+- random: random candidates of the family within the budget, each trained to the end from scratch,
+  for as long as the whole search took (supernet included, which serves all budgets of a seed);
+- mobilenetv2, resnet: hand-made networks of those styles, their width scaled to the same latency.
+
+Every baseline that is one network is trained twice (two seeds) and the better by validation is
+kept, as the found one has two starts. Choice is by validation, report on test.
+
+    python benchmarks/search_vs_baselines.py --quick       # one seed, one budget: minutes
+    python benchmarks/search_vs_baselines.py               # 5 seeds, 3 budgets, 2 data sets
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import espalier as esp
+from espalier import train
+from espalier.flows.job import Plan
+from espalier.flows.machine import machine
+from espalier.problem import Reading
+from espalier.study import Processes
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Setting:
+    task: str
+    latencies_ms: tuple[float, ...]
+    plan: Plan
+
+
+SETTINGS = {
+    "cifar10-16": Setting(
+        "cifar10:size=16,train=4000,validation=1000,test=4000",
+        (0.04, 0.08, 0.16),
+        Plan(supernet_epochs=24, trials=160, population=32, finalists=2, final_epochs=20),
+    ),
+    "mnist-16": Setting(
+        "mnist:size=16,train=2000,validation=1000,test=4000",
+        (0.02, 0.04, 0.08),
+        Plan(supernet_epochs=20, trials=128, population=32, finalists=2, final_epochs=15),
+    ),
+}
+
+
+# --- networks made by hand -------------------------------------------------------------------
+
+
+def _conv(i: int, o: int, k: int, s: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(i, o, k, s, k // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(o),
+    ]
+    return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None, relu: bool) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.relu = body, shortcut or nn.Identity(), relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x) + self.shortcut(x)
+        return torch.relu(y) if self.relu else y
+
+
+def _inverted(i: int, o: int, s: int, t: int = 6) -> nn.Module:
+    h = i * t
+    body = nn.Sequential(_conv(i, h, 1), _conv(h, h, 3, s, groups=h), _conv(h, o, 1, relu=False))
+    return Residual(body, None, relu=False) if s == 1 and i == o else body
+
+
+def _basic(i: int, o: int, s: int) -> nn.Module:
+    body = nn.Sequential(_conv(i, o, 3, s), _conv(o, o, 3, relu=False))
+    shortcut = _conv(i, o, 1, s, relu=False) if s != 1 or i != o else None
+    return Residual(body, shortcut, relu=True)
+
+
+def mobilenetv2(shape: tuple[int, ...], classes: int, scale: float) -> nn.Module:
+    """MobileNetV2-style (Sandler et al., 2018), three stages of two, expansion 6, kernels 3."""
+    w = [max(4, round(c * scale / 4) * 4) for c in (16, 16, 24, 40)]
+    blocks: list[nn.Module] = [_conv(shape[0], w[0], 3)]
+    width = w[0]
+    for out, stride in zip(w[1:], (1, 2, 2), strict=True):
+        blocks += [_inverted(width, out, stride), _inverted(out, out, 1)]
+        width = out
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def resnet(shape: tuple[int, ...], classes: int, scale: float) -> nn.Module:
+    """ResNet-style for small images (He et al., 2016), three stages of one basic block."""
+    w = [max(4, round(c * scale / 4) * 4) for c in (16, 32, 64)]
+    blocks: list[nn.Module] = [_conv(shape[0], w[0], 3)]
+    width = w[0]
+    for out, stride in zip(w, (1, 2, 2), strict=True):
+        blocks.append(_basic(width, out, stride))
+        width = out
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def largest_within(
+    make: Callable[[float], nn.Module], latency_ms: float, runtime: Any, example: Tensor
+) -> float | None:
+    """The largest width multiplier whose network keeps the latency as measured."""
+    best = None
+    for scale in np.arange(0.25, 4.01, 0.125):
+        measured = runtime.measure(make(float(scale)).eval(), example).median_ms
+        if measured <= latency_ms:
+            best = float(scale)
+        elif measured > 1.3 * latency_ms:
+            break
+    return best
+
+
+# --- one way to train them all ---------------------------------------------------------------
+
+
+@dataclass
+class TrainHand:
+    """Trains hand-made networks in a worker: the candidate says which style, scale and seed."""
+
+    task: Any
+    recipe: Any
+
+    def __call__(self, candidate: esp.Candidate) -> dict[str, Reading]:
+        style = {"mobilenetv2": mobilenetv2, "resnet": resnet}[str(candidate["style"])]
+        seed = int(candidate["seed"])
+        torch.manual_seed(seed)
+        network = style(self.task.shape, self.task.classes, float(candidate["scale"]))
+        return both_splits(network, self.task, self.recipe, seed)
+
+
+@dataclass
+class TrainFamily:
+    """Trains a candidate of the family from scratch in a worker."""
+
+    family: Any
+    task: Any
+    recipe: Any
+    seed: int
+
+    def __call__(self, candidate: esp.Candidate) -> dict[str, Reading]:
+        torch.manual_seed(self.seed)
+        network = self.family.build(candidate)
+        return both_splits(network, self.task, self.recipe, self.seed)
+
+
+def both_splits(network: nn.Module, task: Any, recipe: Any, seed: int) -> dict[str, Reading]:
+    train.fit(network, task, recipe, seed)
+    out = {}
+    for split in ("validation", "test"):
+        out[split] = Reading(train.evaluate(network, task, split)["accuracy"], "", "measured", split)
+    return out
+
+
+def outcomes(evaluate: Any, candidates: list[Any], workers: int) -> Iterator[dict[str, Reading]]:
+    with Processes(workers).open(evaluate) as pool:
+        for outcome in pool.run(candidates):
+            if outcome.error:
+                raise RuntimeError(outcome.error)
+            yield outcome.metrics
+
+
+def chosen(rows: list[dict[str, Reading]]) -> float:
+    """Test accuracy of the row that is best by validation."""
+    return max(rows, key=lambda r: r["validation"].value)["test"].value
+
+
+# --- the comparison --------------------------------------------------------------------------
+
+
+def compare(
+    name: str, setting: Setting, latency: float, seed: int, workers: int, folder: Path
+) -> dict[str, Any]:
+    task = esp.tasks.make(setting.task)
+    runtime = esp.costs.OnnxRuntime(threads=1, batch=1)
+    shared = folder / f"{name}-{seed}"
+    out = folder / f"{name}-{seed}-{latency}"
+    started = time.time()
+    found = esp.search(
+        "mobilenet",
+        task,
+        within={"latency_ms": latency},
+        on=runtime,
+        budget=f"{setting.plan.trials} trials",
+        plan=setting.plan,
+        seed=seed,
+        workers=workers,
+        out=out,
+        reuse=shared if shared.exists() else None,
+    )
+    seconds = time.time() - started
+    if shared.exists():
+        seconds += json.loads((shared / "seconds.json").read_text())
+    else:
+        out.rename(shared)
+        shared_seconds = found.to_json()["seconds"]
+        (shared / "seconds.json").write_text(
+            json.dumps(shared_seconds["supernet"] + shared_seconds["calibrate"])
+        )
+    result = found.to_json()
+    recipe = replace(esp.Recipe(), epochs=setting.plan.final_epochs)
+    family = esp.nets.make("mobilenet", task.shape, task.classes)
+    row: dict[str, Any] = {
+        "data": name,
+        "latency_ms": latency,
+        "seed": seed,
+        "search_seconds": round(seconds, 1),
+        "found": result["best"]["metrics"]["accuracy"]["value"],
+        "found_latency_ms": result["best"]["metrics"]["latency_ms"]["value"],
+        "found_start": result["best"]["start"],
+        "candidate": result["best"]["candidate"],
+        "random on the supernet": next(
+            (e["metrics"]["accuracy"]["value"] for e in result["baselines"] if "random" in e["name"]),
+            None,
+        ),
+    }
+    row["found, from scratch"] = chosen(
+        [
+            r
+            for s in (seed, seed + 1000)
+            for r in outcomes(TrainFamily(family, task, recipe, s), [found.best.candidate], 1)
+        ]
+    )
+    hand = [e for e in found.baselines if "hand" in e.name]
+    if hand:
+        row["uniform"] = chosen(
+            [
+                r
+                for s in (seed, seed + 1000)
+                for r in outcomes(TrainFamily(family, task, recipe, s), [hand[0].candidate], 1)
+            ]
+        )
+    row["random"], row["random trained"] = random_search(
+        family, task, recipe, found, latency, seconds, seed, workers
+    )
+    styled = []
+    for style in (mobilenetv2, resnet):
+        scale = largest_within(
+            lambda s, style=style: style(task.shape, task.classes, s),
+            latency,
+            runtime,
+            family.example(),
+        )
+        if scale is not None:
+            styled += [
+                esp.Candidate({"style": style.__name__, "scale": scale, "seed": s})
+                for s in (seed, seed + 1000)
+            ]
+    rows: dict[str, list[dict[str, Reading]]] = {}
+    for candidate in styled:
+        got = list(outcomes(TrainHand(task, recipe), [candidate], 1))
+        rows.setdefault(str(candidate["style"]), []).extend(got)
+    row.update({style: chosen(got) for style, got in rows.items()})
+    return row
+
+
+def random_search(
+    family: Any, task: Any, recipe: Any, found: Any, latency: float, seconds: float, seed: int, workers: int
+) -> tuple[float, int]:
+    """Random candidates within the budget, trained to the end until the time is up."""
+    rng = np.random.default_rng([seed, 77])
+    space, deadline = family.space, time.time() + seconds
+    predicted = found.pricing
+    rows: list[dict[str, Reading]] = []
+
+    def feasible() -> Iterator[esp.Candidate]:
+        while time.time() < deadline:
+            codes = space.sample(256, rng)
+            cost = predicted(codes)["latency_ms"]
+            # as near to the budget as the search's own finalists may be
+            for i in np.flatnonzero(cost <= latency):
+                yield space.decode(codes[i : i + 1])[0]
+
+    stream = feasible()
+    with Processes(workers).open(TrainFamily(family, task, recipe, seed)) as pool:
+        while time.time() < deadline:
+            batch = [c for c, _ in zip(stream, range(workers * 2), strict=False)]
+            rows += [o.metrics for o in pool.run(batch) if not o.error]
+    return chosen(rows), len(rows)
+
+
+METHODS = ("found", "found, from scratch", "uniform", "random", "mobilenetv2", "resnet", "random on the supernet")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Median and spread over seeds for each data set, budget and method; wins of found."""
+    out = []
+    for key in dict.fromkeys((r["data"], r["latency_ms"]) for r in rows):
+        group = [r for r in rows if (r["data"], r["latency_ms"]) == key]
+        line: dict[str, Any] = {"data": key[0], "latency_ms": key[1], "seeds": len(group)}
+        for method in METHODS:
+            values = [r[method] for r in group if r.get(method) is not None]
+            if values:
+                line[method] = {
+                    "median": statistics.median(values),
+                    "min": min(values),
+                    "max": max(values),
+                    "found_ahead": sum(
+                        r["found"] > r[method] for r in group if r.get(method) is not None
+                    ),
+                }
+        out.append(line)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed and one budget")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/search_vs_baselines"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "search_vs_baselines.json")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    log = options.folder / "rows.jsonl"  # a run that is stopped goes on here
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["data"], r["latency_ms"], r["seed"]) for r in rows}
+    for seed in range(1 if options.quick else options.seeds):
+        for name in options.data:
+            setting = SETTINGS[name]
+            budgets = setting.latencies_ms[1:2] if options.quick else setting.latencies_ms
+            for latency in budgets:
+                if (name, latency, seed) in done:
+                    continue
+                row = compare(name, setting, latency, seed, options.workers, options.folder)
+                rows.append(row)
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps({k: v for k, v in row.items() if k != "candidate"}), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(
+        json.dumps({"machine": machine(), "summary": summary(rows), "rows": rows}, indent=1)
+    )
+    for line in summary(rows):
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Takes over what an earlier study already paid for: its supernet and its latency table."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.errors import StudyError
+from espalier.study import Study
+
+if TYPE_CHECKING:
+    from espalier.flows.job import Job
+
+_SAME = ("family", "shape", "classes", "space", "data")
+_TABLE = "latency table"
+
+
+def take_over(job: Job, folder: Path, identity: Mapping[str, Any]) -> None:
+    """Copies the trained supernet, and the latency table if it was measured on the same runtime.
+
+    Raises `StudyError` naming the difference when the other study is of another family or data.
+    """
+    with Study.open(folder) as other:
+        for key in _SAME:
+            if other.identity.get(key) != identity[key]:
+                raise StudyError(
+                    f"can't reuse {folder}: its {key} is {other.identity.get(key)!r}, "
+                    f"this search's is {identity[key]!r}"
+                )
+        if other.identity.get("runtime") == identity["runtime"] and _TABLE in other.recorded():
+            table = other.recorded()[_TABLE]
+            job.study.once(_TABLE, lambda: table)
+    for path in folder.glob("supernet.*"):
+        if not (job.study.folder / path.name).exists():
+            shutil.copy2(path, job.study.folder / path.name)
+    job.study.event("reuse", folder=str(folder))

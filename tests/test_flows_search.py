@@ -1,0 +1,255 @@
+"""The main job, end to end on real (embedded) data, at the smallest scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import espalier as esp
+from espalier.errors import BudgetError, EspalierError, StudyError
+from espalier.flows.job import Plan
+from espalier.flows.plan import make_plan
+from espalier.flows.progress import Silent
+from espalier.problem import SearchBudget
+
+TINY = Plan(supernet_epochs=2, trials=16, population=8, finalists=1, final_epochs=3)
+RECIPE = esp.Recipe(batch=64)
+WITHIN = {"params": "30k", "macs": "<= 1M"}
+
+
+def tiny_search(out: Path, **changes: Any) -> esp.Found:
+    settings: dict[str, Any] = {
+        "within": WITHIN,
+        "plan": TINY,
+        "recipe": RECIPE,
+        "budget": "16 trials",
+        "seed": 3,
+        "out": out,
+    }
+    return esp.search("mobilenet", "digits", **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> esp.Found:
+    made = tiny_search(tmp_path_factory.mktemp("search") / "run")
+    made.publish()
+    return made
+
+
+def signature(found: esp.Found) -> list[Any]:
+    """What must be the same whatever was interrupted: candidates and their trained accuracy."""
+    rows = [found.best, *found.front, *found.baselines]
+    return [(e.name, e.candidate, e.start, e.metrics["accuracy"].value) for e in rows]
+
+
+def test_the_best_keeps_every_limit(found: esp.Found) -> None:
+    metrics = found.best.metrics
+    assert metrics["params"].value <= 30_000
+    assert metrics["macs"].value <= 1_000_000
+    assert metrics["latency_ms"].how == "measured"
+    assert metrics["accuracy"].split == "test"
+    assert metrics["accuracy_validation"].split == "validation"
+    assert metrics["accuracy"].value > 0.3  # ten classes, a network that learned something
+
+
+def test_the_result_has_what_scripts_read(found: esp.Found) -> None:
+    result = json.loads(json.dumps(found.to_json()))
+    assert {"best", "front", "baselines", "budget", "seconds", "files"} <= set(result)
+    for entry in [result["best"], *result["front"], *result["baselines"]]:
+        assert entry["candidate"]
+        for reading in entry["metrics"].values():
+            assert {"value", "unit", "how", "split"} <= set(reading)
+    assert {e["name"] for e in result["baselines"]} == {"scaled by hand", "random search"}
+    assert sum(t["phase"] == "search" for t in result["trials"]) == TINY.trials
+    assert sum(t["phase"] == "random" for t in result["trials"]) == TINY.trials
+    assert result["network"]
+    assert sum(row["params"] for row in result["network"]) == found.best.metrics["params"].value
+
+
+def test_the_network_and_its_export_compute_the_same(found: esp.Found) -> None:
+    network = found.network()
+    task = esp.tasks.make("digits")
+    images, _ = next(iter(task.batches("test", 32)))
+    session = onnxruntime.InferenceSession(found.to_json()["files"]["onnx"])
+    name = session.get_inputs()[0].name
+    with torch.no_grad():
+        expected = network(images).numpy()
+    got = np.concatenate([session.run(None, {name: x[None].numpy()})[0] for x in images])
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    modules = {type(m).__module__.split(".")[0] for m in network.modules()}
+    assert "espalier" not in modules
+
+
+def test_the_report_stands_beside_the_study(found: esp.Found) -> None:
+    page = (found.folder / "report.html").read_text()
+    assert found.best.candidate.id in page
+    assert (
+        json.loads((found.folder / "result.json").read_text())["best"]["id"]
+        == found.best.candidate.id
+    )
+
+
+def test_resuming_a_finished_search_measures_and_trains_nothing(found: esp.Found) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (found.folder / "weights").iterdir()}
+    again = tiny_search(found.folder, resume=True)
+    assert signature(again) == signature(found)
+    assert again.best.metrics["latency_ms"] == found.best.metrics["latency_ms"]
+    assert {p: p.stat().st_mtime_ns for p in (found.folder / "weights").iterdir()} == before
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C once, at the n-th step of a phase whose name begins with `phase`."""
+
+    def __init__(self, phase: str, at: int) -> None:
+        self.wanted, self.at, self.now = phase, at, ""
+
+    def phase(self, name: str, total: int) -> None:
+        self.now = name
+
+    def step(self, done: int, total: int, text: str = "") -> None:
+        if self.now.startswith(self.wanted) and done >= self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("phase", "at"),
+    [("training the supernet", 1), ("search", 5), ("random", 9), ("training to the end", 1)],
+)
+def test_an_interrupted_search_goes_on_to_the_same_result(
+    found: esp.Found, tmp_path: Path, phase: str, at: int
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        tiny_search(out, progress=Interrupting(phase, at))
+    assert signature(tiny_search(out, resume=True)) == signature(found)
+
+
+def test_two_workers_give_the_same_result(found: esp.Found, tmp_path: Path) -> None:
+    # the supernet is taken over: it was trained in this process, with this process's threads
+    two = tiny_search(tmp_path / "run", workers=2, reuse=found.folder)
+    assert signature(two) == signature(found)
+
+
+def test_a_study_is_not_overwritten_and_not_mixed_up(found: esp.Found) -> None:
+    with pytest.raises(StudyError, match="resume"):
+        tiny_search(found.folder)
+    with pytest.raises(StudyError, match="seed"):
+        tiny_search(found.folder, resume=True, seed=4)
+    with pytest.raises(StudyError, match="limits"):
+        tiny_search(found.folder, resume=True, within={"params": "20k"})
+    with pytest.raises(StudyError, match="data"):
+        esp.search(
+            "mobilenet",
+            esp.tasks.images("digits", seed=9),
+            within=WITHIN,
+            plan=TINY,
+            recipe=RECIPE,
+            seed=3,
+            out=found.folder,
+            resume=True,
+        )
+
+
+def test_an_infeasible_budget_says_what_is_reachable(tmp_path: Path) -> None:
+    with pytest.raises(
+        BudgetError, match=r"params <= 10 .*smallest reachable is [\d,.e+]+"
+    ) as caught:
+        tiny_search(tmp_path / "a", within={"params": 10, "macs": "1G"})
+    assert "macs" not in str(caught.value)  # only what binds is named
+    assert not (tmp_path / "a" / "ledger.sqlite").exists()
+    with pytest.raises(BudgetError, match="latency_ms <= 1e-06"):
+        tiny_search(tmp_path / "b", within={"latency_ms": 1e-6})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"within": {"latencyms": 1}}, "latency_ms"),
+        ({"within": {"params": "60q"}}, "60q|unit"),
+        ({"within": {"accuracy": ">= 0.9"}}, "costs"),
+        ({"strategy": "nsga"}, "nsga2"),
+        ({"budget": "soon"}, "2min"),
+    ],
+)
+def test_bad_input_gets_one_line_with_the_nearest(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EspalierError, match=words) as caught:
+        tiny_search(tmp_path / "run", **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_family_and_task_name_the_nearest() -> None:
+    with pytest.raises(EspalierError, match="mobilenet"):
+        esp.search("mobilnet", "digits")
+    with pytest.raises(EspalierError, match="digits"):
+        esp.search("mobilenet", "digit")
+
+
+class Perceptron(esp.Family):
+    """A declared family without shared weights: width and depth of a perceptron."""
+
+    name = "perceptron"
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        self.shape, self.classes = shape, classes
+
+    @property
+    def space(self) -> esp.Space:
+        return esp.Space([esp.ordinal("width", 8, 16, 32), esp.integer("depth", 1, 2)])
+
+    def build(self, candidate: esp.Candidate) -> torch.nn.Module:
+        width = int(candidate["width"])
+        sizes = [int(np.prod(self.shape)), *[width] * int(candidate["depth"])]
+        layers: list[torch.nn.Module] = [torch.nn.Flatten()]
+        for i, o in zip(sizes, sizes[1:], strict=False):
+            layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(sizes[-1], self.classes))
+
+
+def test_an_own_family_own_cost_and_no_shared_weights(tmp_path: Path) -> None:
+    class Silicon(esp.Cost):
+        metrics = (esp.Metric("silicon", "mm2", "min", "predicted"),)
+
+        def estimate(self, candidates: Any) -> esp.Metrics:
+            area = [0.01 * int(c["width"]) * int(c["depth"]) for c in candidates]
+            return esp.Metrics({"silicon": area}, self.metrics)
+
+    found = esp.search(
+        Perceptron,
+        "digits",
+        within={"silicon": 0.4},
+        costs=[Silicon()],
+        plan=Plan(0, 4, 4, 1, 2),
+        recipe=RECIPE,
+        out=tmp_path / "run",
+    )
+    assert found.best.metrics["silicon"].value <= 0.4
+    assert found.best.start == "scratch"
+
+
+def test_a_family_of_another_shape_is_refused() -> None:
+    family = esp.nets.make("mobilenet", (3, 32, 32), 10)
+    with pytest.raises(EspalierError, match="shape"):
+        esp.search(family, "digits")
+
+
+def test_the_plan_spends_the_time_it_is_given() -> None:
+    speed = {"supernet_epoch": 1.0, "trial": 0.02, "final_epoch": 0.2}
+    short = make_plan(SearchBudget.parse("60s"), 10, speed, 2, True)
+    long = make_plan(SearchBudget.parse("10min"), 10, speed, 2, True)
+    assert long.supernet_epochs > short.supernet_epochs
+    assert long.trials > short.trials
+    for plan, seconds in ((short, 60), (long, 600)):
+        rounds = 2 * (2 * plan.finalists + 2) / 2
+        planned = (
+            plan.supernet_epochs + 2 * plan.trials * 0.02 / 2 + rounds * plan.final_epochs * 0.2
+        )
+        assert planned <= seconds
+    assert make_plan(SearchBudget.parse("40 trials"), 0, {}, 1, True).trials == 40
