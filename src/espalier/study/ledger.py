@@ -94,21 +94,26 @@ class Ledger:
         with _one_line(path):
             db = _connect(path, "rw" if writable else "ro")
             try:
+                damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if damage != "ok":
+                    raise sqlite3.DatabaseError(f"*** {damage}")
                 if writable:
                     db.execute("PRAGMA journal_mode=WAL")
                     db.execute("PRAGMA synchronous=NORMAL")
                     db.execute("BEGIN IMMEDIATE")  # a file that can't be written is told now
                     db.execute("COMMIT")
-                damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if damage != "ok":
-                    raise sqlite3.DatabaseError(damage)
             except BaseException:
                 db.close()
                 raise
         return cls(path, db, writable)
 
     def close(self) -> None:
-        """Closes the file; everything is in it already."""
+        """Closes the file. The driver leaves one file without a log: it can be copied as it is, and
+        read where nothing can be written."""
+        with suppress(sqlite3.Error):
+            if self.writable:
+                self._db.execute("PRAGMA busy_timeout=0")  # a reader keeps the log: so be it
+                self._db.execute("PRAGMA journal_mode=DELETE")
         with suppress(sqlite3.Error):
             self._db.close()
 
@@ -312,7 +317,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def _explain(path: Path, error: sqlite3.Error) -> str:
-    text = str(error)
+    text = " ".join(str(error).split())
     if "readonly" in text or "unable to open" in text:
         return f"{path} can't be written ({text}): make the file and its folder writable and resume"
     if "locked" in text:

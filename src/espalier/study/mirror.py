@@ -5,6 +5,7 @@ The mirror is a picture of the moment: it is written anew each time, and never r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,9 @@ def _copy(storage: Any, study: Study, phase: str, meta: dict[str, Any]) -> None:
         study_name=f"{study.folder.resolve().name}: {phase}",
         directions=["maximize" if goal == "max" else "minimize" for goal in goals.values()],
     )
-    made.set_metric_names(list(goals))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        made.set_metric_names(list(goals))
     for key, value in (about or {}).items():
         if key in ("strategy", "limits"):
             made.set_user_attr(key, value)

@@ -91,15 +91,17 @@ class Study:
         inspect(folder / NAME)
         folder, lock = _locked(folder, make=False)
         try:
+            newer = _compared(folder, json.loads(json.dumps(dict(identity))))
             study = cls(folder, Ledger.open(folder / NAME), lock)
-            try:
-                study._compare(json.loads(json.dumps(dict(identity))))
-                study._drive()
-            except BaseException:
-                study._ledger.close()
-                raise
         except BaseException:
             lock.release()
+            raise
+        try:
+            study._note_versions(newer)
+            study.event("resumed", pid=os.getpid())
+            study._drive()
+        except BaseException:
+            study.close()
             raise
         return study
 
@@ -109,23 +111,13 @@ class Study:
         folder = Path(folder)
         return cls(folder, Ledger.open(folder / NAME, writable=False), None)
 
-    def _compare(self, identity: dict[str, Any]) -> None:
-        meta = self._ledger.meta()
-        changed = differences(meta["identity"], identity)
+    def _note_versions(self, changed: list[str]) -> None:
         if changed:
-            raise StudyError(
-                f"{self.folder} is a study of something else: {summary(changed)} (recorded -> "
-                "given). Resume with what is recorded, or choose another folder"
-            )
-        now = versions()
-        newer = differences(meta["versions"], now)
-        if newer:
             self.notes.append(
-                f"resumed with other versions: {summary(newer)}; later numbers may differ slightly"
+                f"resumed with other versions: {summary(changed)}; later numbers may differ a little"
             )
-            self._ledger.event("versions", {"changed": newer})
-            self._ledger.set_meta("versions", now)
-        self._ledger.event("resumed", {"pid": os.getpid()})
+            self.event("versions", changed=changed)
+            self._ledger.set_meta("versions", versions())
 
     def _drive(self) -> None:
         """Records who drives, for the message that a second driver gets."""
@@ -287,6 +279,20 @@ def _released(book: Book) -> Iterator[None]:
         with suppress(StudyError):
             book.release()
         raise
+
+
+def _compared(folder: Path, identity: dict[str, Any]) -> list[str]:
+    """Refuses another identity, before anything is written; gives the versions that differ."""
+    ledger = Ledger.open(folder / NAME, writable=False)
+    meta = ledger.meta()
+    ledger.close()
+    changed = differences(meta["identity"], identity)
+    if changed:
+        raise StudyError(
+            f"{folder} is a study of something else: {summary(changed)} (recorded -> given). "
+            "Resume with what is recorded, or choose another folder"
+        )
+    return differences(meta["versions"], versions())
 
 
 def _locked(folder: Path, make: bool) -> tuple[Path, FileLock]:
