@@ -25,7 +25,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="Published systems as recipes over Espalier's parts.", no_args_is_help=True)
+recipes_app = typer.Typer(
+    help="Published systems as recipes over Espalier's parts.", no_args_is_help=True
+)
 app.add_typer(recipes_app, name="recipe")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
@@ -52,7 +54,9 @@ def _limits(texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name or not value:
-            raise BudgetError(f"--max reads NAME=VALUE, like latency_ms=0.3 or params=60k, got {text!r}")
+            raise BudgetError(
+                f"--max reads NAME=VALUE, like latency_ms=0.3 or params=60k, got {text!r}"
+            )
         if name in within:
             raise BudgetError(f"--max {name} is given twice: {within[name]} and {value}")
         within[name] = value
@@ -75,7 +79,8 @@ def search(
         ),
     ] = "digits",
     family: Annotated[
-        str, typer.Option(help="mobilenet, resnet, or my.py:MyFamily, called with (shape, classes).")
+        str,
+        typer.Option(help="mobilenet, resnet, or my.py:MyFamily, called with (shape, classes)."),
     ] = "mobilenet",
     max_: Annotated[
         list[str] | None,
@@ -86,12 +91,16 @@ def search(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="What the search may spend: 2min, 90s, '300 trials', '10min, 500 trials'.")
+        str,
+        typer.Option(
+            help="What the search may spend: 2min, 90s, '300 trials', '10min, 500 trials'."
+        ),
     ] = "2min",
     strategy: Annotated[str, typer.Option(help="nsga2, evolution or random.")] = "nsga2",
     seed: Annotated[int, typer.Option(help="Same seed, same study, on the same machine.")] = 0,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that score and train, one thread each; 0: this one.")
+        int,
+        typer.Option(min=0, help="Processes that score and train, one thread each; 0: this one."),
     ] = 1,
     device: Annotated[str, typer.Option(help="Where ONNX Runtime runs: cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime may use.")] = 1,
@@ -99,7 +108,9 @@ def search(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the study; a new one under runs/ if not given.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the study in --out.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -124,6 +135,7 @@ def search(
             seed=seed,
             out=out,
             resume=resume,
+            reuse=reuse,
             workers=workers,
             strategy=strategy,
             progress=display(spend.seconds, quiet or as_json),
@@ -173,11 +185,15 @@ def _print_found(result: dict[str, Any], page: Path) -> None:
     for name in shown:
         table.add_column(name, justify="right")
     rows = [{**result["best"], "name": "found (best)"}]
-    rows += [{**e, "name": "found (cheaper)"} for e in result["front"] if e["id"] != result["best"]["id"]]
+    rows += [
+        {**e, "name": "found (cheaper)"} for e in result["front"] if e["id"] != result["best"]["id"]
+    ]
     for row in [*rows, *result["baselines"]]:
         table.add_row(row["name"], *(_shown(row["metrics"].get(name)) for name in shown))
     console.print(table)
-    limits = ", ".join(f"{x['metric']} {x['op']} {x['bound']:g}" for x in result["question"]["limits"])
+    limits = ", ".join(
+        f"{x['metric']} {x['op']} {x['bound']:g}" for x in result["question"]["limits"]
+    )
     console.print(f"limits kept as measured: {limits or 'none asked'}", highlight=False)
     console.print(f"network: {result['best']['id']}", highlight=False)
     for note in result["notes"]:
@@ -226,7 +242,8 @@ def report(
 ) -> None:
     """Write the report of a finished search again: HTML, Markdown, JSON."""
     with _one_line_errors():
-        from espalier.report import read_result, write
+        from espalier.flows.result import read_result
+        from espalier.report import write
 
         files = write(read_result(run), run)
         if as_json:

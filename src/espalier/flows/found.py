@@ -12,9 +12,9 @@ from torch import nn
 from espalier import report
 from espalier.errors import BudgetError
 from espalier.export import Exported, export
-from espalier.flows.evaluate import trained_network, weights_path
 from espalier.flows.pricing import Pricing
 from espalier.flows.result import result_json
+from espalier.flows.weights import trained_network, weights_path
 from espalier.space import Candidate
 from espalier.study import Study, Trial
 
@@ -45,7 +45,9 @@ class Found:
         seconds: float,
     ) -> Found:
         """Chooses by validation among those that keep the limits as measured; writes everything."""
-        own = _named(entries, chosen["search"], "found") + _named(entries, chosen["cheaper"], "found")
+        own = _named(entries, chosen["search"], "found") + _named(
+            entries, chosen["cheaper"], "found"
+        )
         kept = [e for e in own if job.keeps(e.metrics)]
         if not kept:
             closest = min(own, key=lambda e: e.metrics["latency_ms"].value)

@@ -15,11 +15,12 @@ from espalier import train
 from espalier.costs import Cost, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError
 from espalier.estimators import Estimator, OneShot, Trained
-from espalier.flows.evaluate import Finish, Score, derive, trained_network, weights_path
+from espalier.flows.evaluate import Finish, Score
 from espalier.flows.plan import Plan, make_plan
 from espalier.flows.pricing import Codes, Pricing, hand_scaled
 from espalier.flows.progress import Display
 from espalier.flows.speed import FewBatches, threads, timed_second
+from espalier.flows.weights import derive, load_weights, save_weights, trained_network, weights_path
 from espalier.nets import Family
 from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget, front
 from espalier.solvers import strategies
@@ -157,6 +158,11 @@ class Job:
         if not self.shared:
             return
         self.show.phase("training the supernet", self.plan.supernet_epochs)
+        initial = self.study.folder / "initial.safetensors"
+        if initial.exists():
+            load_weights(self.family, initial)
+        else:
+            save_weights(self.family, initial)
         recipe = replace(self.recipe, epochs=self.plan.supernet_epochs)
         with threads(self.threads):
             train.train_supernet(
@@ -204,7 +210,7 @@ class Job:
         return trials
 
     def _summary(self, metrics: dict[str, Reading]) -> str:
-        shown = [self.quality.name, *(x.metric for x in self.limits)] or [self.axis]
+        shown = [self.quality.name, *(x.metric for x in self.limits)]
         return ", ".join(
             f"{n} {metrics[n].value:.4g} ({metrics[n].how})" for n in shown if n in metrics
         )
@@ -320,7 +326,9 @@ class Job:
 
     # --- to the end ------------------------------------------------------------------------
 
-    def finish(self, chosen: Sequence[Candidate]) -> dict[Candidate, tuple[str, dict[str, Reading]]]:
+    def finish(
+        self, chosen: Sequence[Candidate]
+    ) -> dict[Candidate, tuple[str, dict[str, Reading]]]:
         """Trains each from the supernet's weights and from scratch; keeps the better start."""
         starts = ("supernet", "scratch") if self.shared else ("scratch",)
         recipe = replace(self.recipe, epochs=self.plan.final_epochs)
@@ -339,7 +347,11 @@ class Job:
             used = replace(recipe, lr=recipe.lr * 0.5) if start == "supernet" else recipe
             work = Finish(self.family, self.task, used, self.seed, start, self.study.folder)  # type: ignore[arg-type]
             for trial in self.study.map(
-                f"final from {start}", list(chosen), work, executor=self.executor(), on_trial=on_trial
+                f"final from {start}",
+                list(chosen),
+                work,
+                executor=self.executor(),
+                on_trial=on_trial,
             ):
                 if trial.state != "done":
                     continue
@@ -349,7 +361,9 @@ class Job:
                     best[trial.candidate] = (start, trial.metrics)
         return best
 
-    def entry(self, candidate: Candidate, name: str, start: str, final: dict[str, Reading]) -> Entry:
+    def entry(
+        self, candidate: Candidate, name: str, start: str, final: dict[str, Reading]
+    ) -> Entry:
         """Measures the trained network, tests it once, and puts all its numbers together."""
         weights = weights_path(self.study.folder, candidate, start)
         network = trained_network(self.family, candidate, weights)
@@ -362,9 +376,7 @@ class Job:
         )
         for metric in self.task.metrics:
             if metric.name in tested:
-                metrics[metric.name] = Reading(
-                    tested[metric.name], metric.unit, "measured", "test"
-                )
+                metrics[metric.name] = Reading(tested[metric.name], metric.unit, "measured", "test")
         return Entry(candidate, name, metrics, start)
 
     def _settled(self, candidate: Candidate, network: torch.nn.Module) -> Reading:
@@ -375,7 +387,9 @@ class Job:
         if self.keeps({**price, "latency_ms": reading}):
             return reading
         again = [self.measured(candidate, network, f"latency-trained-{i}") for i in range(2)]
-        all_four = sorted([self.measured(candidate, None, "latency"), reading, *again], key=lambda r: r.value)
+        all_four = sorted(
+            [self.measured(candidate, None, "latency"), reading, *again], key=lambda r: r.value
+        )
         middle = all_four[1:3]
         value = sum(r.value for r in middle) / 2
         return replace(reading, value=value, spread=all_four[-1].value - all_four[0].value)
@@ -385,7 +399,10 @@ class Job:
         sign = -1.0 if self.quality.goal == "max" else 1.0
         values = np.array(
             [
-                [sign * e.metrics[f"{self.quality.name}_validation"].value, e.metrics[self.axis].value]
+                [
+                    sign * e.metrics[f"{self.quality.name}_validation"].value,
+                    e.metrics[self.axis].value,
+                ]
                 for e in entries
             ]
         )

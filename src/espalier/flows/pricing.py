@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,16 +50,18 @@ class Pricing:
         return Metrics.concat([known[c] for c in candidates])
 
 
-def check_names(limits: Sequence[Limit], pricing: Pricing, quality: Sequence[Metric]) -> None:
+def check_names(
+    limits: Sequence[Limit], costs: Mapping[str, Metric], quality: Sequence[Metric]
+) -> None:
     """Refuses limits on what no cost gives, naming the nearest that one does."""
     for limit in limits:
         if limit.metric in {m.name for m in quality}:
             raise BudgetError(
                 f"{limit.metric!r} is what the search makes best, not a cost: limits are on costs, "
-                f"like {', '.join(sorted(pricing.metrics))}"
+                f"like {', '.join(sorted(costs))}"
             )
-        if limit.metric not in pricing.metrics:
-            raise BudgetError(unknown("cost in the limits", limit.metric, pricing.metrics))
+        if limit.metric not in costs:
+            raise BudgetError(unknown("cost in the limits", limit.metric, costs))
 
 
 def resolve(limits: Sequence[Limit], pricing: Pricing) -> tuple[Limit, ...]:
@@ -118,7 +120,9 @@ def check_reach(limits: Sequence[Limit], pricing: Pricing, name: str, seed: int)
             f"no network of {name} fits: {'; '.join(binding)}. Raise the limit or use a smaller family"
         )
     price = pricing(closest)
-    had = ", ".join(f"{x.metric} {float(price[x.metric][0]):.4g} (limit {x.bound:.4g})" for x in limits)
+    had = ", ".join(
+        f"{x.metric} {float(price[x.metric][0]):.4g} (limit {x.bound:.4g})" for x in limits
+    )
     raise BudgetError(
         f"no network of {name} fits: each limit can be kept alone, but not all together; "
         f"the closest candidate has {had}"

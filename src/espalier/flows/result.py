@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from espalier.costs import layers
+from espalier.errors import StudyError
 from espalier.flows.machine import machine, versions
-from espalier.study import Trial
+from espalier.study import Study, Trial
 
 if TYPE_CHECKING:
     from espalier.flows.found import Found
@@ -114,7 +117,12 @@ def progress(job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
                 best = max(best, sign * trial.metrics[job.quality.name].value)
             if np.isfinite(best):
                 rows.append(
-                    {"phase": phase, "trial": count, "seconds": round(spent, 3), "best": sign * best}
+                    {
+                        "phase": phase,
+                        "trial": count,
+                        "seconds": round(spent, 3),
+                        "best": sign * best,
+                    }
                 )
     return rows
 
@@ -190,3 +198,21 @@ def reproduce(job: Job) -> dict[str, Any]:
         "versions": versions(),
         "recipe": asdict(job.recipe),
     }
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result of a finished search, from its folder. Errors say how far an unfinished one is."""
+    path = folder / "result.json"
+    if not path.is_file():
+        with Study.open(folder) as study:
+            done = sum(t.state == "done" for t in study.trials())
+        raise StudyError(
+            f"{folder} has no result yet ({done} trials done): finish it with --resume"
+        )
+    try:
+        read: dict[str, Any] = json.loads(path.read_text())
+        if not {"question", "best"} <= set(read):
+            raise KeyError("question, best")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path} is not the result of a search ({error!r})") from error
+    return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,20 @@ def take_over(job: Job, folder: Path, identity: Mapping[str, Any]) -> None:
     """
     with Study.open(folder) as other:
         for key in _SAME:
-            if other.identity.get(key) != identity[key]:
+            if other.meta["identity"].get(key) != identity[key]:
                 raise StudyError(
-                    f"can't reuse {folder}: its {key} is {other.identity.get(key)!r}, "
+                    f"can't reuse {folder}: its {key} is {other.meta['identity'].get(key)!r}, "
                     f"this search's is {identity[key]!r}"
                 )
-        if other.identity.get("runtime") == identity["runtime"] and _TABLE in other.recorded():
-            table = other.recorded()[_TABLE]
-            job.study.once(_TABLE, lambda: table)
+        if other.meta["identity"].get("runtime") == identity["runtime"]:
+            with suppress(KeyError):  # a study that was stopped before it had a table
+                table = other.once(_TABLE, _absent)
+                job.study.once(_TABLE, lambda: table)
     for path in folder.glob("supernet.*"):
         if not (job.study.folder / path.name).exists():
             shutil.copy2(path, job.study.folder / path.name)
     job.study.event("reuse", folder=str(folder))
+
+
+def _absent() -> Any:
+    raise KeyError(_TABLE)

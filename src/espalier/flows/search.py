@@ -58,7 +58,7 @@ def search(
     the same trials on the same supernet; the best of both, and the family scaled by hand, are
     measured on the runtime, trained to the end by one recipe, measured again, and tested once.
 
-    - `family`: a family, its name ("mobilenet", "resnet"), or a callable `(shape, classes)`.
+    - `family`: a family (one with weights starts from the weights it has), its name ("mobilenet", "resnet"), or a callable `(shape, classes)`.
     - `task`: a task, or a name such as "digits" or "cifar10:size=16".
     - `within`: limits, several at once: `{"latency_ms": 0.8, "params": "60k", "macs": "<= 2M"}`.
     - `on`: the runtime that latency is measured on.
@@ -75,6 +75,7 @@ def search(
     cleanly; call again with `resume=True` and the same arguments.
     """
     task = tasks.make(task) if isinstance(task, str) else task
+    torch.manual_seed(seed)  # a family that is made here starts from weights that the seed decides
     made = _family(family, task)
     spent = SearchBudget.parse(budget)
     if strategy not in strategies.STRATEGIES:
@@ -148,9 +149,9 @@ def _phase(job: Job, name: str) -> Iterator[None]:
 def _family(family: FamilyLike, task: Task) -> Family:
     if isinstance(family, str):
         return nets.make(family, task.shape, task.classes)
-    made = family if hasattr(family, "space") and not isinstance(family, type) else None
-    if made is None:
-        made = family(task.shape, task.classes)  # type: ignore[operator]
+    # a Supernet is a family by its shape, not by its class; a class or function still makes one
+    ready = hasattr(family, "space") and not isinstance(family, type)
+    made: Family = family if ready else family(task.shape, task.classes)  # type: ignore[operator,assignment]
     for ours, theirs, what in (
         (tuple(made.shape), tuple(task.shape), "shape"),
         (made.classes, task.classes, "classes"),
@@ -160,7 +161,7 @@ def _family(family: FamilyLike, task: Task) -> Family:
                 f"the family's {what} {ours} must be the task's: {task.name} has {theirs}; "
                 f"make the family with {what}={theirs}"
             )
-    return made  # type: ignore[return-value]
+    return made
 
 
 def _check_limits(
@@ -168,23 +169,11 @@ def _check_limits(
 ) -> None:
     """Refuses what can be refused before anything is calibrated: names, and counted limits."""
     counted = Pricing(family.space, costs)
-    latency = [x for x in asked if x.metric == "latency_ms"]
-    others = [x for x in asked if x.metric != "latency_ms"]
-    known = Pricing(family.space, [*costs, _LatencyName()])
+    known = {**counted.metrics, **{m.name: m for m in PredictedLatency.metrics}}
     check_names(asked, known, task.metrics)
+    others = [x for x in asked if x.metric in counted.metrics]
     if not any(x.relative for x in others):
         check_reach(others, counted, family.name, seed)
-    del latency
-
-
-class _LatencyName(Cost):
-    """Stands for the latency, which is not calibrated yet, when names are checked."""
-
-    metrics = PredictedLatency.metrics
-
-    def estimate(self, candidates: Any) -> Any:
-        """Never called: only the name is needed."""
-        raise NotImplementedError
 
 
 def _identity(
