@@ -1,4 +1,68 @@
-"""Families of networks."""
+"""Families of networks: a space, and a network for each of its candidates.
+
+`MobileNet` and `ResNet` are shipped, and `make("mobilenet", shape, classes)` gives one by name.
+There are two ways to make your own. Both are checked by `espalier.testing.family.check_family`.
+
+The first way: declare a space and write `build`, which returns any plain `nn.Module`.
+
+    import numpy as np
+    from torch import nn
+
+    import espalier as esp
+
+
+    class Plain(esp.Family):
+        shape, classes = (1, 8, 8), 10
+        space = esp.Space(
+            [
+                esp.ordinal("width", 8, 16, 32),
+                esp.integer("depth", 1, 4),
+                esp.choice("kernel", 3, 5, when={"depth": (1, 2)}),  # deep ones keep to 3
+                esp.real("dropout", 0.0, 0.5),
+            ]
+        )
+
+        def build(self, candidate):
+            channels, width, layers = self.shape[0], candidate["width"], []
+            for _ in range(candidate["depth"]):
+                layers += [nn.Conv2d(channels, width, candidate.get("kernel", 3), padding="same")]
+                layers += [nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+            head = [nn.Dropout(candidate["dropout"]), nn.Linear(width, self.classes)]
+            return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+
+The second way: write one module from elastic layers, each decision declared where it acts. The
+space is read off the module; the weights of all candidates are shared, so `activate` runs any of
+them and `extract` gives any as a plain network. Where children are not simply run in order, write
+`forward`.
+
+    import numpy as np
+    from torch import nn
+
+    import espalier as esp
+
+
+    class Block(nn.Module):
+        def __init__(self, width, i):
+            super().__init__()
+            kernel = esp.choice(f"kernel{i}", 3, 5, 7)
+            self.mix = esp.elastic.DepthwiseConv2d(width, kernel, bias=False)
+            self.norm, self.act = esp.elastic.BatchNorm2d(width), nn.GELU()
+            self.point = esp.elastic.Conv2d(width, width, kernel=1)
+
+        def forward(self, x):
+            return x + self.point(self.act(self.norm(self.mix(x))))
+
+
+    class Mixer(esp.Supernet):
+        def __init__(self, shape=(1, 8, 8), classes=10):
+            super().__init__(shape, classes)
+            width = esp.ordinal("width", 16, 32, 48, 64)
+            self.stem = esp.elastic.Conv2d(shape[0], width, kernel=3, stride=2)
+            self.body = esp.elastic.Repeat(esp.ordinal("depth", 1, 2, 3), lambda i: Block(width, i))
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = esp.elastic.Linear(width, classes)
+"""
 
 from __future__ import annotations
 

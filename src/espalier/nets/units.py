@@ -40,7 +40,9 @@ class Unit:
 
 def pieces(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Children of the root by path; the blocks of a `Repeat`, also of one within a Sequential."""
-    for name, child in root.named_children():
+    for name, child in root._modules.items():  # a module with two names comes twice: see _divides
+        if child is None:
+            continue
         path = f"{prefix}{name}"
         repeats = isinstance(child, Repeat) or (
             type(child) is nn.Sequential and any(isinstance(m, Repeat) for m in child.modules())

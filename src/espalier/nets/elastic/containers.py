@@ -70,7 +70,11 @@ def _depths(depth: int | Decision) -> tuple[int, ...]:
 
 
 class Skippable(Elastic):
-    """Runs its module where the decision is true, and gives its input back where it is false."""
+    """Runs its module where the decision is true, and gives its input back where it is false.
+
+    Write the decision as `choice(name, False, True)`: the last options make the largest network,
+    which supernet training teaches the others by.
+    """
 
     def __init__(self, decision: Decision, module: nn.Module) -> None:
         super().__init__()
@@ -106,7 +110,10 @@ def _true(option: Option) -> bool:
 
 
 class OneOf(Elastic):
-    """Runs the one of its modules that the decision names: `OneOf(decision, {option: module})`."""
+    """Runs the one of its modules that the decision names: `OneOf(decision, {option: module})`.
+
+    Name the largest last: the last options make the network that supernet training teaches by.
+    """
 
     def __init__(self, decision: Decision, modules: Mapping[Option, nn.Module]) -> None:
         super().__init__()

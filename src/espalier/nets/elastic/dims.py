@@ -24,6 +24,13 @@ class Product:
     right: Dim | float
     divisor: int = 8
 
+    def __post_init__(self) -> None:
+        for factor in (self.left, self.right):
+            if isinstance(factor, bool) or not isinstance(factor, (int, float, Decision, Product)):
+                raise SpaceError(f"a product is of numbers and decisions, got {factor!r}")
+        if not isinstance(self.divisor, int) or self.divisor < 1:
+            raise SpaceError(f"a divisor must be a positive whole number, got {self.divisor!r}")
+
     def __mul__(self, other: Dim | float) -> Product:
         return Product(self, other, self.divisor)
 
@@ -79,6 +86,8 @@ def ends(dim: Dim, what: str = "size") -> tuple[int, int]:
 
     Raises: SpaceError, where an option is no positive number, or is not whole.
     """
+    if isinstance(dim, bool) or not isinstance(dim, (int, Decision, Product)):
+        raise SpaceError(f"a {what} must be a whole number or a decision, got {dim!r}")
     low: dict[str, Option] = {}
     high: dict[str, Option] = {}
     for decision in decisions(dim):
@@ -90,8 +99,6 @@ def ends(dim: Dim, what: str = "size") -> tuple[int, int]:
                 f" or a product(...) of it"
             )
     smallest, largest = size(dim, low), size(dim, high)
-    if not decisions(dim) and (isinstance(dim, bool) or value(dim, {}) != smallest):
-        raise SpaceError(f"a {what} must be a whole number or a decision, got {dim!r}")
     if smallest < 1:
         raise SpaceError(f"a {what} must be at least 1, got {smallest} from {text(dim)}")
     return smallest, largest
