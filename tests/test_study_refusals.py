@@ -8,8 +8,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,24 +222,50 @@ def test_a_ledger_that_can_not_be_written(run: Path, monkeypatch: pytest.MonkeyP
     assert (run / "ledger.sqlite").read_bytes() == before
 
 
-@pytest.fixture
-def sealed(run: Path) -> Iterator[Path]:
-    if os.geteuid() == 0:
-        pytest.skip("permissions do not bind root: run the tests as another user")
-    (run / "ledger.sqlite").chmod(0o444)
-    (run / "ledger.lock").unlink(missing_ok=True)
-    run.chmod(0o555)
-    yield run
-    run.chmod(0o755)
+SEALED = """
+    import os, sys
+    import study_toys as toys
+    from espalier.errors import StudyError
+    from espalier.study import Study
+    folder = sys.argv[1]
+    if os.geteuid() == 0:  # permissions do not bind root
+        os.setegid(65534)
+        os.seteuid(65534)
+    with Study.open(folder) as study:
+        print(len(study.trials()))
+    for opening in (
+        lambda: Study.resume(folder, toys.IDENTITY),
+        lambda: Study.create(folder, toys.IDENTITY),
+        lambda: Study.create(folder + "/inside", toys.IDENTITY),
+    ):
+        try:
+            opening()
+        except StudyError as error:
+            print(error)
+"""
 
 
-def test_a_sealed_folder_can_be_read_and_not_resumed(sealed: Path) -> None:
-    with Study.open(sealed) as study:
-        assert len(study.trials()) == 10
-    with pytest.raises(StudyError, match="can't be written"):
-        Study.resume(sealed, toys.IDENTITY)
-    with pytest.raises(StudyError, match="can't be written"):
-        Study.create(sealed / "inside", toys.IDENTITY)
+@pytest.mark.parametrize("with_lock", [True, False])
+def test_a_sealed_folder_can_be_read_and_not_resumed(run: Path, with_lock: bool) -> None:
+    with tempfile.TemporaryDirectory() as outside:  # pytest's folders are for their owner only
+        Path(outside).chmod(0o755)
+        folder = Path(shutil.copytree(run, Path(outside) / "run"))
+        if not with_lock:
+            (folder / "ledger.lock").unlink(missing_ok=True)
+        for path in folder.iterdir():
+            path.chmod(0o444)
+        folder.chmod(0o555)
+        before = contents(folder)
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + textwrap.dedent(SEALED)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60
+        )
+        assert contents(folder) == before
+        folder.chmod(0o755)
+    count, *refusals = done.stdout.splitlines()
+    assert count == "10", done.stderr
+    assert len(refusals) == 3, done.stdout + done.stderr
+    assert all("can't be written" in line for line in refusals), refusals
 
 
 def test_a_reader_of_a_closed_study_leaves_no_file(run: Path) -> None:
