@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from report_sample import sample_result
 
 from espalier.report.drawing import draw
 from espalier.report.layers import COSTS, stages, total
+from report_sample import sample_result
 
 
 @pytest.fixture

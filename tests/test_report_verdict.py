@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from report_sample import sample_result
 
 from espalier.report import verdict
 from espalier.report.reading import Result
+from report_sample import sample_result
 
 
 @pytest.fixture
@@ -81,12 +81,18 @@ def test_an_equal_but_cheaper_baseline_is_said(raw: dict[str, Any]) -> None:
 
 
 def test_for_a_loss_smaller_is_ahead(raw: dict[str, Any]) -> None:
-    for entry, value in ((raw["best"], 0.30), (raw["baselines"][0], 0.25), (raw["baselines"][1], 0.4)):
+    for entry, value in (
+        (raw["best"], 0.30),
+        (raw["baselines"][0], 0.25),
+        (raw["baselines"][1], 0.4),
+    ):
         metrics = entry["metrics"]
         metrics["loss"] = {**metrics.pop("accuracy"), "value": value, "unit": "nats"}
     result = Result(raw)
     assert result.quality == "loss"
-    assert verdict.ahead(result) == ["Scaled by hand is ahead on test loss: 0.25 nats against 0.3 nats."]
+    assert verdict.ahead(result) == [
+        "Scaled by hand is ahead on test loss: 0.25 nats against 0.3 nats."
+    ]
 
 
 def test_the_lead_says_what_the_test_split_can_tell(raw: dict[str, Any]) -> None:

@@ -29,9 +29,11 @@
   const draw = (box) => {
     const view = figures[box.dataset.figure][Number(box.dataset.view || 0)];
     const { data, layout } = dress(view.figure, getComputedStyle(root));
+    const plot = box.querySelector(".plot");
+    Object.assign(layout, { width: plot.clientWidth, height: plot.clientHeight });
     if (touch) layout.dragmode = false;
-    return Plotly.react(box.querySelector(".plot"), data, layout, {
-      responsive: true, displayModeBar: false, showTips: false,
+    return Plotly.react(plot, data, layout, {
+      displayModeBar: false, showTips: false,
     });
   };
   const boxes = [...document.querySelectorAll(".figure")];
@@ -44,6 +46,12 @@
           other.setAttribute("aria-pressed", String(other === button));
         draw(box).catch(fail);
       });
+  const fit = new ResizeObserver((seen) => {
+    for (const { target } of seen)
+      if (target.layout && Math.abs(target.layout.width - target.clientWidth) > 1)
+        Plotly.relayout(target, { width: target.clientWidth }).catch(fail);
+  });
+  for (const box of boxes) fit.observe(box.querySelector(".plot"));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
   all();
 })();
