@@ -18,6 +18,8 @@ from espalier.space import Candidate
 from espalier.tasks import Split, Task
 from espalier.train.evaluate import calibration, evaluating
 from espalier.train.loop import channels_last
+from espalier.train.precision import autocast, resolve
+from espalier.train.recipe import Precision
 from espalier.train.seeds import generator
 
 _BATCH = 512
@@ -40,11 +42,12 @@ class OneShot(Estimator):
         split: Split = "validation",
         images: int = 2000,
         calibration_images: int = 512,
+        precision: Precision = "auto",
         threads: int = 1,
     ) -> None:
         self.supernet, self.task, self.seed, self.split = supernet, task, seed, split
         self.images, self.calibration_images = images, calibration_images
-        self.threads = threads
+        self.precision, self.threads = precision, threads
         self.metrics = estimated(task, split)
         self._data: tuple[list[Tensor], list[Tensor], Tensor] | None = None
 
@@ -56,10 +59,11 @@ class OneShot(Estimator):
     def _score(self, candidate: Candidate) -> dict[str, float]:
         calibrating, inputs, targets = self._loaded()
         self.supernet.activate(candidate)
-        train.set_statistics(self.supernet, calibrating)
-        with evaluating(self.supernet), torch.inference_mode():
-            outputs = [self.supernet(x).float() for x in inputs]
-            return self.task.measure(torch.cat(outputs), targets)
+        with autocast(resolve(self.precision)):
+            train.set_statistics(self.supernet, calibrating)
+            with evaluating(self.supernet), torch.inference_mode():
+                outputs = [self.supernet(x).float() for x in inputs]
+        return self.task.measure(torch.cat(outputs), targets)
 
     def _loaded(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Batches to calibrate on, inputs and targets to score on; read once a process."""

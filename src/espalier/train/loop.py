@@ -56,7 +56,7 @@ def train(
     optimiser = optimisers.make(module, recipe)
     identity = _identity(module, task, recipe, seed, settings)
     history: list[dict[str, Any]] = []
-    chosen = resolve(recipe.precision, task.shape)
+    chosen = resolve(recipe.precision)
     saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if saved is not None and checkpoint is not None:
         checkpoints.check(checkpoint, saved.counters["identity"], identity)

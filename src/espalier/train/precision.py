@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
+from espalier.train.depthwise import FastDepthwise
 from espalier.train.recipe import Precision
 
 Format = Literal["fp32", "bf16"]
 
 
-def resolve(precision: Precision, shape: tuple[int, ...]) -> Format:
-    """The format that "auto" stands for: a fact of the processor and the input, never a timing.
+def resolve(precision: Precision) -> Format:
+    """The format that "auto" stands for: bf16 where the processor computes it natively.
 
-    A timing would make two runs with one seed differ.
+    There it was measured to be no slower on 8x8 images, about twice as fast from 16x16 on, and as
+    accurate. It is not timed anew: with a timing, two runs with one seed could differ.
     """
     if precision != "auto":
         return precision
@@ -29,6 +32,11 @@ def _computes_bf16() -> bool:
     return bool(found is not None and found())
 
 
-def autocast(chosen: Format) -> AbstractContextManager[object]:
+@contextmanager
+def autocast(chosen: Format) -> Iterator[None]:
     """The context in which forward passes run."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=chosen == "bf16")
+    if chosen == "fp32":
+        yield
+        return
+    with torch.autocast("cpu", dtype=torch.bfloat16), FastDepthwise():
+        yield
