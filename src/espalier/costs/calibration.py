@@ -36,7 +36,7 @@ class Calibration:
         seed: int = 0,
         progress: Progress | None = None,
         *,
-        limit: int = 500,
+        limit: int = 250,
         fit: int = 10,
         held_out: int = 12,
     ) -> None:
@@ -60,7 +60,9 @@ class Calibration:
         empty = float(np.median(self._empty))
         times = {key: max(ms - empty, _LEAST) for key, ms in measured.items()}
         work = np.array([met[key].work for key in times])
-        filler, tried = choose(work, np.array(list(times.values())), self._seed)
+        filler, tried = "", dict[str, float]()
+        if len(times) < len(met):
+            filler, tried = choose(work, np.array(list(times.values())), self._seed)
         sums = Sums(self._pieces, times, {k: met[k].work for k in times}, filler)
         fit_rows, held_rows = self._networks(rows, sums)
         fit_ms = self._measure_networks(fit_rows, len(chosen), total)
@@ -188,7 +190,8 @@ def _line(sums: Array, measured: Array) -> tuple[float, float]:
 
 
 class Sums:
-    """Sums of the times of networks' pieces: measured, or filled in by the regression."""
+    """Sums of the times of networks' pieces: measured, or filled in by the regression `filler`
+    (where all pieces met had been measured it is '', and chosen should another one turn up)."""
 
     def __init__(
         self,
@@ -213,6 +216,7 @@ class Sums:
     def _time(self, piece: Piece) -> float:
         if piece.key not in self._known:
             if self._model is None:
-                self._model = fitted(self._filler, self._work, self._times)
+                name = self._filler or choose(self._work, self._times)[0]
+                self._model = fitted(name, self._work, self._times)
             self._known[piece.key] = self._model(np.array(piece.work))
         return self._known[piece.key]

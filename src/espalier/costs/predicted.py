@@ -38,7 +38,7 @@ class PredictedLatency(CodeCost):
         self._sums: Sums | None = None
 
     def calibrate(
-        self, seed: int = 0, progress: Progress | None = None, limit: int = 500
+        self, seed: int = 0, progress: Progress | None = None, limit: int = 250
     ) -> dict[str, Any]:
         """Measures the table, fits it, and gives it as JSON; then codes can be priced.
 

@@ -20,7 +20,7 @@ class Table:
     - `pieces`: a piece's fingerprint to its milliseconds (less those of an empty model) and work.
     - `empty_ms`: a run of a model that does nothing.
     - `overhead_ms`, `scale`: a network takes `overhead_ms + scale * sum of its pieces`.
-    - `filler`: the regression for pieces that were not measured.
+    - `filler`: the regression for pieces that were not measured; '' where all were.
     - `error`: how well held-out networks are predicted, and how the calibration went.
     """
 
