@@ -167,7 +167,9 @@ def _check_continues(
         if pending is not None:
             twin.tell(pending, *score(pending))
         twins.append(drive(twin, score, 4, 5)[0])
-    assert np.array_equal(twins[0], twins[1]), "a loaded state must continue the same whatever the seed"
+    assert np.array_equal(twins[0], twins[1]), (
+        "a loaded state must continue the same whatever the seed"
+    )
     if pending is not None:
         strategy.tell(pending, *score(pending))
         original = drive(strategy, score, 4, 5)[0]
