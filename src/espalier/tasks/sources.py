@@ -126,9 +126,10 @@ def data_file(folder: str, name: str) -> Path:
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """Every array of an .npz file, nothing unpickled. Errors: `DataError` names the file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("it is a single array, not an .npz archive")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is a single array, not an .npz archive")
+        with file:
             return {key: file[key] for key in file.files}
     except FileNotFoundError as error:
         raise DataError(f"no file {str(path)!r}") from error
