@@ -83,7 +83,7 @@ def _question() -> dict[str, Any]:
         ],
         "runtime": {
             "name": "ONNX Runtime 1.31.1 on cpu, 1 thread, batch 1", "runtime": "onnxruntime",
-            "version": "1.31.1", "device": "cpu", "threads": 1, "batch": 1, "precision": "fp32",
+            "version": "1.31.1", "device": "cpu", "threads": 1, "batch": 1, "precision": 0.02,
         },
         "machine": {
             "cpu": "Example CPU @ 2.50GHz", "cores": 2, "memory_gb": 7.6, "system": "Linux 6.1",

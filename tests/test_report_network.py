@@ -70,6 +70,8 @@ def test_a_deep_network_groups_its_stages(rows: list[dict[str, Any]]) -> None:
         row = dict(rows[0], stage=f"part{i // 20}.block{i}", name=f"part{i // 20}.block{i}.conv")
         deep.append(row)
     assert [stage.name for stage in stages(deep)] == ["part0", "part1", "part2"]
+    blocks = [dict(row, stage=f"part.{i // 3}.{i % 3}") for i, row in enumerate(deep[:12])]
+    assert [stage.name for stage in stages(blocks)] == ["part.0", "part.1", "part.2", "part.3"]
     drawing = draw(stages(deep))
     assert drawing is not None
     assert all(s.width >= 5 for c in drawing.columns for s in c.slabs)

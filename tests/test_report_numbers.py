@@ -15,7 +15,8 @@ from espalier.report.numbers import DASH
     ("value", "metric", "unit", "text"),
     [
         (0.2834, "latency_ms", "ms", "0.283 ms"),
-        (0.0583, "latency_ms", "ms", "58.3 µs"),
+        (0.00583, "latency_ms", "ms", "5.83 µs"),
+        (0.0583, "latency_ms", "ms", "0.0583 ms"),
         (0.1, "latency_ms", "", "0.1 ms"),
         (12.34, "latency_ms", "ms", "12.3 ms"),
         (1530, "latency_ms", "ms", "1.53 s"),
@@ -73,9 +74,9 @@ def test_a_value_and_its_limit_share_a_unit_and_never_look_equal_when_they_diffe
 def test_changes_carry_a_sign_and_one_last_digit() -> None:
     assert numbers.change(-0.0121, "accuracy") == "−1.2 points"
     assert numbers.change(0.00001, "accuracy") == "±0.0 points"
-    largest = 0.078
-    shown = [numbers.change(v, "latency_ms", "ms", like=largest) for v in (-0.078, 0.0056, 0.0001)]
-    assert shown == ["−78 µs", "+6 µs", "±0 µs"]
+    largest = 0.0078
+    shown = [numbers.change(v, "latency_ms", "ms", like=largest) for v in (-0.0078, 5.6e-4, 1e-5)]
+    assert shown == ["−7.8 µs", "+0.6 µs", "±0 µs"]
 
 
 def test_whole_numbers_group_and_grow() -> None:

@@ -54,7 +54,7 @@ def _front(result: Result, metric: str) -> Figure:
                 "yanchor": "bottom",
                 "xanchor": "right",
                 "showarrow": False,
-                "text": f"limit {plot.text(numbers.show(limit.bound, metric, unit))}",
+                "text": plot.text(f"limit {numbers.show(limit.bound, metric, unit)}"),
                 "font": {"color": "@warn", "size": 12},
             }
         ]

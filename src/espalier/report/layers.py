@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -90,13 +90,18 @@ def total(found: Sequence[Stage], cost: str) -> float | None:
     return sum(known) if known else None
 
 
-def _grouping(layers: Sequence[Layer]) -> Any:
-    """Stage names as given; only their first part where that many would not fit a drawing."""
-    fine = [name for name, _ in groupby(x.stage for x in layers)]
-    coarse = [name for name, _ in groupby(x.stage.split(".")[0] for x in layers)]
-    if len(fine) > 14 and len(coarse) >= 3:
-        return lambda x: x.stage.split(".")[0]
-    return lambda x: x.stage
+def _grouping(layers: Sequence[Layer]) -> Callable[[Layer], str]:
+    """The finest parts of the stages' dotted names that group layers and fit a drawing: of
+    "stage1.0.expand" rather "stage1.0" than one column a layer, "stage1" in a deep network."""
+
+    def prefix(parts: int) -> Callable[[Layer], str]:
+        return lambda x: ".".join(x.stage.split(".")[:parts])
+
+    for parts in range(max((x.stage.count(".") for x in layers), default=0) + 1, 1, -1):
+        groups = sum(1 for _ in groupby(layers, key=prefix(parts)))
+        if groups <= 14 and len(layers) >= 1.8 * groups:
+            return prefix(parts)
+    return prefix(1)
 
 
 def _light(row: Mapping[str, Any]) -> bool:

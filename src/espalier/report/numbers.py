@@ -84,7 +84,7 @@ def _scaled(value: float, steps: tuple[tuple[str, float], ...], like: float) -> 
 def show(
     value: Any, metric: str = "", unit: str = "", *, digits: int = 3, like: float | None = None
 ) -> str:
-    """A number with its unit: 0.283 ms, 58.3 µs, 41.2k, 1.6 MB, 98.1%; a dash where there is none.
+    """A number with its unit: 0.283 ms, 8.3 µs, 41.2k, 1.6 MB, 98.1%; a dash where there is none.
 
     `like` fixes the scale: two numbers that are compared are written in one unit.
     """
@@ -103,8 +103,8 @@ def show(
     if way == "plain":
         return f"{significant(number, digits)} {unit}"
     if way == "ms":
-        # a tenth of a millisecond still reads best in ms
-        scaled, name = (number, "ms") if 0.1 <= scale < 1 else _scaled(number, _MILLIS, scale)
+        # limits are written in ms, so only what is far below one reads better in µs
+        scaled, name = (number, "ms") if 0.01 <= scale < 1 else _scaled(number, _MILLIS, scale)
     else:
         scaled, name = _scaled(number, _BYTES, scale)
     return f"{significant(scaled, digits)} {name}"

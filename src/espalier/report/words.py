@@ -55,7 +55,7 @@ def spread(entry: Entry, metric: str) -> str:
     unit = entry.unit(metric)
     if numbers.kind(metric, unit) == "share":
         return f"± {value * 100:.1f} points"
-    return f"± {numbers.show(value, metric, unit, digits=2, like=entry.value(metric))}"
+    return f"± {numbers.show(value, metric, unit, digits=1, like=entry.value(metric))}"
 
 
 def question(result: Result) -> list[tuple[str, str]]:
@@ -110,12 +110,15 @@ def _runtime(result: Result) -> str:
     if not about:
         return ""
     parts = [" ".join(t for t in (runtime(result), _text(about.get("version"))) if t)]
-    parts += [_text(about[k]) for k in ("device", "precision") if about.get(k)]
+    parts += [_text(about["device"])] if about.get("device") else []
     threads = about.get("threads")
     if threads is not None:
         parts.append("1 thread" if threads == 1 else f"{threads} threads")
     if about.get("batch") is not None:
         parts.append(f"batch {about['batch']}")
+    precision = numbers.real(about.get("precision"))
+    if precision:
+        parts.append(f"repeated towards ±{precision:.0%}")
     return ", ".join(parts)
 
 

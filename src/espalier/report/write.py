@@ -25,6 +25,7 @@ def write(result: Mapping[str, Any], folder: str | Path) -> dict[str, Path]:
     """
     where = Path(folder)
     read = Result(result)
+    read.files = {kind: _within(where, path) for kind, path in read.files.items()}
     drawn = still(read)
     texts: dict[str, tuple[str, bytes]] = {
         "html": ("report.html", page(read).encode()),
@@ -34,6 +35,14 @@ def write(result: Mapping[str, Any], folder: str | Path) -> dict[str, Path]:
     if drawn:
         texts["figure"] = ("front.svg", drawn)
     return {kind: _put(where / name, data) for kind, (name, data) in texts.items()}
+
+
+def _within(folder: Path, path: Any) -> str:
+    """A file's path as seen from the report's folder, where it lies inside."""
+    try:
+        return str(Path(str(path)).resolve().relative_to(folder.resolve()))
+    except ValueError:
+        return str(path)
 
 
 def _json(result: Mapping[str, Any]) -> str:

@@ -30,26 +30,30 @@
     const view = figures[box.dataset.figure][Number(box.dataset.view || 0)];
     const { data, layout } = dress(view.figure, getComputedStyle(root));
     const plot = box.querySelector(".plot");
-    Object.assign(layout, { width: plot.clientWidth, height: plot.clientHeight });
+    // the same revision keeps a reader's zoom when the figure is drawn again for a new width
+    const uirevision = box.dataset.view || "0";
+    Object.assign(layout, { width: plot.clientWidth, height: plot.clientHeight, uirevision });
     if (touch) layout.dragmode = false;
     return Plotly.react(plot, data, layout, {
       displayModeBar: false, showTips: false,
     });
   };
   const boxes = [...document.querySelectorAll(".figure")];
-  const all = () => Promise.all(boxes.map(draw)).then(() => { root.dataset.drawn = boxes.length; }, fail);
+  let last = Promise.resolve();  // one drawing after the other
+  const later = (box) => { last = last.then(() => draw(box)).catch(fail); return last; };
+  const all = () => Promise.all(boxes.map(later)).then(() => { root.dataset.drawn = boxes.length; });
   for (const box of boxes)
     for (const button of box.querySelectorAll("button"))
       button.addEventListener("click", () => {
         box.dataset.view = button.dataset.view;
         for (const other of box.querySelectorAll("button"))
           other.setAttribute("aria-pressed", String(other === button));
-        draw(box).catch(fail);
+        later(box);
       });
   const fit = new ResizeObserver((seen) => {
     for (const { target } of seen)
       if (target.layout && Math.abs(target.layout.width - target.clientWidth) > 1)
-        Plotly.relayout(target, { width: target.clientWidth }).catch(fail);
+        later(target.parentElement);
   });
   for (const box of boxes) fit.observe(box.querySelector(".plot"));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
