@@ -111,12 +111,16 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the study in --out.")
     ] = False,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(help="Take over the supernet and latency table of this earlier study."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the network that fits: search, train, measure, export, report.
 
-    Example: `espalier search --task digits --family mobilenet --max latency_ms=0.06 --max params=60k
+    Example: `espalier search --task digits --family mobilenet --max latency_ms=50% --max params=30k
     --budget 2min --workers 2 --out runs/digits`
     """
     hint = f" Go on with the same command and --resume (study: {out})." if out else ""
@@ -180,10 +184,12 @@ def _print_found(result: dict[str, Any], page: Path) -> None:
 
     console = Console()
     table = Table(title=result["title"], title_justify="left")
-    shown = ["accuracy", "accuracy_validation", "latency_ms", "params", "macs", "bytes"]
-    table.add_column("network")
+    quality = result["quality"]
+    shown = [quality, "latency_ms", *(x["metric"] for x in result["question"]["limits"])]
+    shown = list(dict.fromkeys([*shown, "params", "macs"]))
+    table.add_column("network", no_wrap=True)
     for name in shown:
-        table.add_column(name, justify="right")
+        table.add_column(f"test {name}" if name == quality else name, justify="right")
     rows = [{**result["best"], "name": "found (best)"}]
     rows += [
         {**e, "name": "found (cheaper)"} for e in result["front"] if e["id"] != result["best"]["id"]
@@ -194,10 +200,12 @@ def _print_found(result: dict[str, Any], page: Path) -> None:
     limits = ", ".join(
         f"{x['metric']} {x['op']} {x['bound']:g}" for x in result["question"]["limits"]
     )
-    console.print(f"limits kept as measured: {limits or 'none asked'}", highlight=False)
+    console.print(
+        f"limits kept as measured: {limits or 'none asked'}", highlight=False, soft_wrap=True
+    )
     console.print(f"network: {result['best']['id']}", highlight=False)
     for note in result["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     for name, path in result["files"].items():
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from espalier.costs import Cost, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError
 from espalier.estimators import Estimator, OneShot, Trained
 from espalier.flows.evaluate import Finish, Score
-from espalier.flows.plan import Plan, make_plan
+from espalier.flows.plan import Plan, fit_epochs, make_plan
 from espalier.flows.pricing import Codes, Pricing, hand_scaled
 from espalier.flows.progress import Display
 from espalier.flows.speed import FewBatches, threads, timed_second
@@ -63,12 +63,12 @@ class Job:
     own_costs: tuple[Cost, ...] = ()
     own_estimator: Estimator | None = None
     own_plan: Plan | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
     pricing: Pricing = field(init=False)
     predicted: PredictedLatency = field(init=False)
     plan: Plan = field(init=False)
     threads: int = 1
-    started: float = field(default_factory=time.time)
+    speed: dict[str, float] = field(default_factory=dict)
+    phase_started: float = field(default_factory=time.time)
 
     # --- what is asked ---------------------------------------------------------------------
 
@@ -108,14 +108,14 @@ class Job:
             if plan is None and self.budget.seconds is not None:
                 speed = self._speed()
             if plan is None:
-                spent = time.time() - self.started
-                plan = make_plan(self.budget, spent, speed, self.workers, self.shared)
+                plan = make_plan(self.budget, self.spent(), speed, self.workers, self.shared)
             return {"plan": plan.to_json(), "speed": speed}
 
         decided = self.study.once("plan", decide)
         self.plan = Plan(**decided["plan"])
         # on record, because sums in another order give other last bits
-        self.threads = int(decided["speed"]["threads"])
+        self.speed = decided["speed"]
+        self.threads = int(self.speed["threads"])
         p = self.plan
         self.show.note(
             f"plan: {p.supernet_epochs} epochs of the supernet, {p.trials} trials, "
@@ -200,6 +200,7 @@ class Job:
             batch=self.plan.population,
             executor=self.executor(),
             price=self.pricing,
+            deadline=self._deadline(),
             on_trial=on_trial,
         )
         if not any(t.state == "done" for t in trials):
@@ -208,6 +209,13 @@ class Job:
                 f"in {self.plan.trials} trials: raise a limit or the number of trials"
             )
         return trials
+
+    def _deadline(self) -> float | None:
+        """When a search ends at the latest: three times what was planned for it."""
+        if self.budget.seconds is None or "trial" not in self.speed:
+            return None
+        planned = self.plan.trials * self.speed["trial"] / max(self.workers, 1)
+        return time.time() + 3 * planned + 5.0
 
     def _summary(self, metrics: dict[str, Reading]) -> str:
         shown = [self.quality.name, *(x.metric for x in self.limits)]
@@ -331,7 +339,8 @@ class Job:
     ) -> dict[Candidate, tuple[str, dict[str, Reading]]]:
         """Trains each from the supernet's weights and from scratch; keeps the better start."""
         starts = ("supernet", "scratch") if self.shared else ("scratch",)
-        recipe = replace(self.recipe, epochs=self.plan.final_epochs)
+        epochs = int(self.study.once("final epochs", lambda: self._final_epochs(len(chosen))))
+        recipe = replace(self.recipe, epochs=epochs)
         best: dict[Candidate, tuple[str, dict[str, Reading]]] = {}
         name = f"{self.quality.name}_validation"
         sign = 1.0 if self.quality.goal == "max" else -1.0
@@ -360,6 +369,20 @@ class Job:
                 if old is None or value > sign * old[1][name].value:
                     best[trial.candidate] = (start, trial.metrics)
         return best
+
+    def _final_epochs(self, count: int) -> int:
+        """What was planned, or what the time that is left allows if the machine became slower."""
+        if self.budget.seconds is None or "final_epoch" not in self.speed:
+            return self.plan.final_epochs
+        left = self.budget.seconds - self.spent() - 6.0  # export and report
+        planned = self.plan.supernet_epochs * self.speed["supernet_epoch"]
+        slower = self.study.phase_seconds().get("supernet", 0.0) / planned if planned else 1.0
+        starts = 2 if self.shared else 1
+        return fit_epochs(self.plan, left, slower, self.speed, self.workers, starts * count)
+
+    def spent(self) -> float:
+        """Seconds that this study took so far, over all its runs."""
+        return sum(self.study.phase_seconds().values()) + time.time() - self.phase_started
 
     def entry(
         self, candidate: Candidate, name: str, start: str, final: dict[str, Reading]

@@ -59,6 +59,18 @@ def make_plan(
     return Plan(supernet, trials, _population(trials), finalists, final)
 
 
+def fit_epochs(
+    plan: Plan, left: float, slower: float, speed: Mapping[str, float], lanes: int, trainings: int
+) -> int:
+    """Epochs of the final trainings in the time that is left, never more than planned.
+
+    `slower` is how much longer the supernet took than was planned: the machine is busier now than
+    when its speed was measured.
+    """
+    rounds = -(-trainings // max(lanes, 1))
+    return _clamp(left / (rounds * speed["final_epoch"] * max(slower, 1.0)), 3, plan.final_epochs)
+
+
 def _population(trials: int) -> int:
     """A batch that leaves the strategy at least six generations, between 8 and 50."""
     return _clamp(trials // 8, 8, 50)

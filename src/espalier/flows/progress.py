@@ -73,15 +73,17 @@ class Lines(Silent):
 
     def phase(self, name: str, total: int) -> None:
         """One line, when the phase begins."""
-        self.console.print(f"{self._stamp()} {name}", highlight=False, markup=False)
+        self.console.print(f"{self._stamp()} {name}", highlight=False, markup=False, soft_wrap=True)
 
     def best(self, text: str) -> None:
         """One line when the best changed."""
-        self.console.print(f"{self._stamp()} best so far: {text}", highlight=False, markup=False)
+        self.console.print(
+            f"{self._stamp()} best so far: {text}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def note(self, text: str) -> None:
         """One line."""
-        self.console.print(f"{self._stamp()} {text}", highlight=False, markup=False)
+        self.console.print(f"{self._stamp()} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Live(Lines):

@@ -28,6 +28,7 @@ def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float)
     return {
         "espalier": versions()["espalier"],
         "title": f"{job.family.name} for {job.task.name}",
+        "quality": job.quality.name,
         "question": question(job),
         "best": entry_json(found.best),
         "front": [entry_json(e) for e in found.front],

@@ -138,12 +138,12 @@ def _run(job: Job, counts: Counts) -> Found:
 @contextmanager
 def _phase(job: Job, name: str) -> Iterator[None]:
     """Times a phase; the seconds of all runs of a study are added up."""
-    started = time.time()
+    job.phase_started = time.time()
     try:
         yield
     finally:
-        job.seconds[name] = job.seconds.get(name, 0.0) + time.time() - started
-        job.study.event("phase", name=name, seconds=time.time() - started)
+        job.study.event("phase", name=name, seconds=time.time() - job.phase_started)
+        job.phase_started = time.time()
 
 
 def _family(family: FamilyLike, task: Task) -> Family:
