@@ -293,6 +293,28 @@ class Lying(Gated):
         return (nn.Identity(), found[1]) if found and name == "1" else found
 
 
+class Words(esp.Family):
+    """Inputs are whole numbers: indices of words."""
+
+    shape, classes = (5,), 2
+    space = esp.Space([esp.ordinal("width", 4, 8)])
+
+    def example(self, batch: int = 1) -> Tensor:
+        return torch.arange(5).repeat(batch, 1)
+
+    def build(self, candidate: esp.Candidate) -> nn.Module:
+        width = int(candidate["width"])
+        return nn.Sequential(nn.Embedding(5, width), nn.Flatten(), nn.Linear(5 * width, 2))
+
+    def units(self) -> list[Unit]:
+        return [Unit("table", "width"), Unit("head", "width")]
+
+    def unit(self, name: str, candidate: esp.Candidate) -> tuple[nn.Module, tuple[int, ...]]:
+        network = self.build(candidate)
+        width = int(candidate["width"])
+        return (network[0], (5,)) if name == "table" else (network[1:], (5, width))
+
+
 FAMILIES: dict[str, Callable[[], esp.Family]] = {
     "mobilenet": lambda: esp.nets.make("mobilenet", (1, 8, 8), 10),
     "mobilenet of several resolutions": lambda: esp.nets.make("mobilenet", (3, 16, 16), 7),
@@ -300,6 +322,7 @@ FAMILIES: dict[str, Callable[[], esp.Family]] = {
     "plain": Plain,
     "gated": Gated,
     "lying": Lying,
+    "words": Words,
 }
 
 
@@ -322,7 +345,7 @@ def test_hidden_switches_are_found_and_false_units_given_up() -> None:
     assert type(pieces_of(Lying())).__name__ == "_Networks"
 
 
-@pytest.mark.parametrize("name", ["resnet", "plain", "gated"])
+@pytest.mark.parametrize("name", ["resnet", "plain", "gated", "words"])
 def test_counts_conform(name: str) -> None:
     family = FAMILIES[name]()
     candidates = family.space.decode(family.space.sample(6, np.random.default_rng(1)))

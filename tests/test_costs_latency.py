@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from espalier.costs import (
 from espalier.costs.chain import chain
 from espalier.costs.filler import FILLERS, choose, fitted
 from espalier.costs.machine import Snapshot, load_between
-from espalier.costs.onnx_file import _record
+from espalier.costs.onnx_file import _record, _set_batch
 from espalier.costs.timing import clock, spread
 from espalier.errors import DataError, EspalierError
 from espalier.export import to_onnx
@@ -117,6 +118,17 @@ def test_load_of_others_is_the_machines_less_ours() -> None:
     assert load_between(start, Snapshot(12.0, 100.5, 6.5)) == 0
 
 
+def test_only_cores_that_we_may_use_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = namedtuple("core", "user nice system idle iowait guest")
+    cores = [core(5, 1, 2, 100, 9, 4), core(50, 10, 20, 0, 0, 0), core(3, 0, 0, 50, 0, 0)]
+    fake = SimpleNamespace(cpu_times=lambda percpu: cores)
+    monkeypatch.setattr(machine, "psutil", fake)
+    monkeypatch.setattr(machine, "_allowed", lambda: {0, 2})
+    # guests are within user time: 5 + 1 + 2 of core 0, 3 of core 2
+    assert machine.snapshot().total == pytest.approx((5 + 1 + 2) + 3)
+    assert machine.cores() == 2
+
+
 # --- the runtime ---------------------------------------------------------------------------------
 
 
@@ -129,7 +141,9 @@ class Counting(OnnxRuntime):
         self, model: bytes | str | Path, example: Tensor | None = None, least_seconds: float = 0.0
     ) -> Timing:
         assert isinstance(model, bytes)
-        run = _record(onnx.load_from_string(model))
+        parsed = onnx.load_from_string(model)
+        _set_batch(parsed, self.batch, Path("model"))
+        run = _record(parsed)
         busy = [operation.macs for operation in run.operations if operation.macs]
         ms = 0.002 + 1e-3 * (sum(busy) / 1000 + len(busy))
         return Timing(ms, ms, ms, 0.0, 1, 1, 1, 0.0)
@@ -291,7 +305,10 @@ def test_a_cut_file_and_no_file(model: Path) -> None:
 
 def test_a_fixed_batch_says_which(idle: None, tmp_path: Path) -> None:
     path = tmp_path / "fixed.onnx"
-    path.write_bytes(to_onnx(network(), torch.zeros(2, 3, 8, 8), fast=True))
+    fixed = onnx.load_from_string(to_onnx(network(), torch.zeros(2, 3, 8, 8), fast=True))
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(fixed, path)
     with pytest.raises(DataError, match="fixed batch of 2, the runtime asks for 1"):
         price_onnx(path)
     assert price_onnx(path, OnnxRuntime(batch=2, seconds=0.02))["macs"].value > 0

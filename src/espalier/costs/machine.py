@@ -7,13 +7,14 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Seconds since some start: wall, used by all cores together, used by this process."""
+    """Seconds since some start: wall, used on all cores that are ours, used by this process."""
 
     wall: float
     total: float
@@ -22,12 +23,23 @@ class Snapshot:
 
 def snapshot() -> Snapshot:
     """The clocks now. The system's tick in steps of about 10 ms: compare over 100 ms or more."""
-    used = psutil.cpu_times()
-    total = sum(used) - used.idle - getattr(used, "iowait", 0.0)
-    # Linux counts guests within user time already
-    total -= getattr(used, "guest", 0.0) + getattr(used, "guest_nice", 0.0)
     own = os.times()
+    each = psutil.cpu_times(percpu=True)
+    # what runs on cores that we may not use does not disturb us
+    ours = _allowed() or range(len(each))
+    total = sum(_used(each[i]) for i in ours if i < len(each))
     return Snapshot(time.perf_counter(), total, own.user + own.system)
+
+
+def _used(core: Any) -> float:
+    """Seconds that a core was not idle. Linux counts guests within user time already."""
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    return float(sum(core) - sum(getattr(core, name, 0.0) for name in idle))
+
+
+def _allowed() -> set[int]:
+    """The cores that this process may use; empty where the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def load_between(start: Snapshot, end: Snapshot) -> float:
@@ -45,9 +57,7 @@ def load_now(seconds: float = 0.1) -> float:
 
 def cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(_allowed()) or os.cpu_count() or 1
 
 
 def processor() -> str:

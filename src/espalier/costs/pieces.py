@@ -92,6 +92,13 @@ class Pieces:
         """The piece as a module, and a random input (batch 1)."""
         raise NotImplementedError
 
+    def input(self, shape: Sequence[int]) -> Tensor:
+        """A random input of batch 1; the family's own example where that holds whole numbers."""
+        example: Tensor = self.family.example(1)
+        if not example.is_floating_point() and tuple(example.shape[1:]) == tuple(shape):
+            return example
+        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
     def network(self, candidate: Candidate) -> nn.Module:
         """The whole network; torch's random generator is left as it was."""
         with unseeded():
@@ -126,11 +133,6 @@ def unseeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def noise(shape: Sequence[int]) -> Tensor:
-    """A seeded random input of batch 1."""
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def _piece(module: nn.Module, x: Tensor, candidate: Candidate, unit: str) -> Piece:
@@ -237,13 +239,13 @@ class _Units(Pieces):
         if key not in self._found:
             candidate = self.space.decode(row)[0]
             made = self._unit(unit.name, candidate)
-            self._found[key] = made and _piece(made[0], noise(made[1]), candidate, unit.name)
+            self._found[key] = made and _piece(made[0], self.input(made[1]), candidate, unit.name)
         return self._found[key]
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
         made = self._unit(piece.unit, piece.candidate)
         assert made is not None  # it was there when the piece was met
-        return made[0], noise(made[1])
+        return made[0], self.input(made[1])
 
     def _unit(self, name: str, candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]] | None:
         with unseeded():
@@ -293,8 +295,7 @@ class _Networks(Pieces):
         return self._found[key]
 
     def _taken_apart(self, candidate: Candidate) -> list[tuple[nn.Module, Tensor]]:
-        example = self.family.example(1)
-        x = noise(example.shape[1:]) if example.is_floating_point() else example
+        x = self.input(self.family.example(1).shape[1:])
         return chain(self.network(candidate), x)
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:

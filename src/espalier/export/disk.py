@@ -42,5 +42,9 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def settle(stage: Path, folder: Path) -> list[Path]:
-    """Moves every file of the stage into the folder, each at once, over what was there."""
-    return [path.replace(folder / path.name) for path in sorted(stage.iterdir())]
+    """Moves every file of the stage into the folder, each at once, over what was there.
+
+    The card, which speaks of the others, comes last.
+    """
+    files = sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+    return [path.replace(folder / path.name) for path in files]

@@ -11,6 +11,7 @@ from espalier.errors import ExportError
 from espalier.export.modes import deployed
 from espalier.export.program import Program, to_program
 from espalier.export.quiet import quiet
+from espalier.export.tidy import tidied
 
 INPUT, OUTPUT = "input", "output"
 
@@ -20,8 +21,9 @@ def to_onnx(network: nn.Module, example: Tensor, *, fast: bool = False) -> bytes
 
     `example` is an input with its batch dimension. By default torch's current exporter is used
     and the batch is dynamic where the network allows it. `fast` traces instead (about 10 ms
-    instead of a second) and fixes the batch to the example's: right for measuring many small
-    pieces. Batch-norms are folded into convolutions either way, by the exporter or the runtime.
+    instead of a second), for measuring many small pieces; its batch is called dynamic too, so that
+    a runtime has the same to do, but only the example's batch is sure to work.
+    Batch-norms are folded into convolutions either way, by the exporter or the runtime.
     Errors: `ExportError` when the network can't be exported.
     """
     return _traced(network, example) if fast else program_to_onnx(to_program(network, example))
@@ -40,21 +42,10 @@ def program_to_onnx(program: Program) -> bytes:
                 verbose=False,
             )
             assert exported is not None
-            model = exported.model_proto
-            if program.dynamic:
-                _name_batch(model)
+            model = tidied(exported.model_proto, program.dynamic)
             return bytes(model.SerializeToString())
     except Exception as error:
         raise _refused("ONNX", error) from error
-
-
-def _name_batch(model: object) -> None:
-    """Calls the dynamic first dimension of inputs and outputs "batch", whatever torch called it."""
-    graph = model.graph  # type: ignore[attr-defined]
-    for value in (*graph.input, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) and not dims[0].HasField("dim_value"):
-            dims[0].dim_param = "batch"
 
 
 def _traced(network: nn.Module, example: Tensor) -> bytes:
@@ -68,6 +59,7 @@ def _traced(network: nn.Module, example: Tensor) -> bytes:
                 dynamo=False,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
+                dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
                 verbose=False,
             )
     except Exception as error:

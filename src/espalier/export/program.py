@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,11 @@ def to_program(network: nn.Module, example: Tensor) -> Program:
         try:
             # torch.export takes a size of 1 for a constant: capture with a batch of 2
             pair = torch.cat([example[:1], example[:1]])
-            return Program(torch.export.export(twin, (pair,), dynamic_shapes=_batch(twin)), True)
+            return Program(_exported(twin, pair, ({0: Dim("batch")},)), True)
         except Exception:
             pass  # a network that fixes its batch: capture it as it is
         try:
-            return Program(torch.export.export(twin, (example,)), False)
+            return Program(_exported(twin, example, None), False)
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ExportError(
@@ -45,8 +46,11 @@ def to_program(network: nn.Module, example: Tensor) -> Program:
             ) from error
 
 
-def _batch(network: nn.Module) -> tuple[dict[int, Dim]]:
-    return ({0: Dim("batch")},)
+def _exported(network: nn.Module, x: Tensor, dynamic: Any) -> ExportedProgram:
+    program = torch.export.export(network, (x,), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which files would carry
+    return program
 
 
 def program_to_pt2(program: Program) -> bytes:
