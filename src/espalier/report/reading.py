@@ -114,7 +114,11 @@ class Result:
 
     @property
     def quality(self) -> str:
-        """The metric that was made best: accuracy, or else the first one read on the test split."""
+        """The metric that was made best: as the result says, else accuracy, else the first one
+        read on the test split."""
+        said = self.raw.get("quality")
+        if isinstance(said, str) and said in self.best.metrics:
+            return said
         if "accuracy" in self.best.metrics or not self.best.metrics:
             return "accuracy"
         tested = [k for k in self.best.metrics if self.best.reading(k).get("split") == "test"]
