@@ -113,3 +113,31 @@ def test_the_page_of_another_seed_differs_but_is_as_valid(tmp_path: Path) -> Non
     pages = [report.write(sample_result(s), tmp_path / str(s))["html"].read_text() for s in (0, 1)]
     assert pages[0] != pages[1]
     assert read(pages[1]).wrong == []
+
+
+def test_files_are_named_as_seen_from_the_report(tmp_path: Path) -> None:
+    raw = sample_result()
+    raw["files"] = {
+        "onnx": str(tmp_path / "run" / "export" / "best.onnx"),
+        "other": "/elsewhere/x.pt2",
+    }
+    paths = report.write(raw, tmp_path / "run")
+    shown = [e.text for e in read(paths["html"].read_text()).all("code")]
+    assert "export/best.onnx" in shown
+    assert "/elsewhere/x.pt2" in shown
+    assert json.loads(paths["json"].read_text())["files"] == raw["files"]
+
+
+def test_the_result_says_what_was_made_best(tmp_path: Path) -> None:
+    raw = sample_result()
+    for entry in (raw["best"], *raw["front"], *raw["baselines"]):
+        value = entry["metrics"]["accuracy"]["value"]
+        entry["metrics"]["recall"] = {
+            "value": value / 2,
+            "unit": "share",
+            "how": "measured",
+            "split": "test",
+        }
+    raw["quality"] = "recall"
+    text = report.write(raw, tmp_path)["markdown"].read_text()
+    assert text.splitlines()[0].endswith("49.0% test recall")
