@@ -242,9 +242,21 @@ def test_random_flip_mirrors_about_half():
     assert 70 < int(mirrored.sum()) < 130
 
 
-def test_digits_are_never_mirrored():
-    assert tasks.make("digits").flip is False
+def test_digits_are_neither_mirrored_nor_shifted():
+    task = tasks.make("digits")
+    assert (task.flip, task.shift) == (False, 0)
     assert tasks.images(numbered()).flip is True
+    assert tasks.images(numbered(side=16)).shift == 2
+
+
+def test_augmented_batches_are_shifted_and_mirrored():
+    x, y = numbered(side=16)
+    task = tasks.images((x, y))
+    plain = next(task.batches("train", 30, torch.Generator().manual_seed(0)))
+    augmented = next(task.batches("train", 30, torch.Generator().manual_seed(0), augment=True))
+    assert torch.equal(plain[1], augmented[1])
+    changed = (plain[0] != augmented[0]).flatten(1).any(1)
+    assert int(changed.sum()) > 25
 
 
 def test_a_pickled_task_gives_the_same_batches():

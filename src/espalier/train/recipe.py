@@ -19,7 +19,7 @@ class Recipe:
 
     epochs: int = 20
     batch: int = 128
-    lr: float = 0.15  # the peak, for this batch
+    lr: float = 0.2  # the peak, for this batch
     momentum: float = 0.9
     weight_decay: float = 5e-4  # not on biases and norms
     warmup: float = 0.1  # share of all steps over which the rate rises linearly
