@@ -7,23 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from espalier.costs import machine
+from espalier.costs.context import Stopwatch
 from espalier.costs.filler import choose, fitted
 from espalier.costs.pieces import Piece, Pieces
 from espalier.costs.runtime import BusyMachine, OnnxRuntime
 from espalier.costs.table import Table
-from espalier.export import to_onnx
 
 Array = NDArray[np.float64]
 Codes = NDArray[Any]
 Progress = Callable[[int, int, str], None]
-
-_LEAST = 1e-5  # ms; a piece's time less the empty model's may come out at nothing
-_UNSURE = 0.05  # a timing less certain than this is taken again
 
 
 class Calibration:
@@ -45,8 +40,7 @@ class Calibration:
         self._seed = seed
         self._limit, self._fit, self._held = limit, fit, held_out
         self._progress = progress or (lambda done, total, text: None)
-        self._empty: list[float] = []
-        self._unsure = 0
+        self._watch = Stopwatch(runtime)
 
     def run(self) -> Table:
         """Everything, in the order: pieces, whole networks to fit, whole networks held out."""
@@ -56,9 +50,8 @@ class Calibration:
         met = self._met(rows)
         chosen = self._stratified(met)
         total = len(chosen) + self._fit + self._held
-        measured = self._measure_pieces(chosen, total)
-        empty = float(np.median(self._empty))
-        times = {key: max(ms - empty, _LEAST) for key, ms in measured.items()}
+        times = self._measure_pieces(chosen, total)
+        empty = self._watch.empty_ms
         work = np.array([met[key].work for key in times])
         filler, tried = "", dict[str, float]()
         if len(times) < len(met):
@@ -125,9 +118,7 @@ class Calibration:
         for done, piece in enumerate(chosen):
             if done % 25 == 0:
                 self._progress(done, total, "measuring pieces")
-                self._empty.append(self._time(nn.Identity(), torch.zeros(1, 1)))
-            module, x = self._pieces.make(piece)
-            found[piece.key] = self._time(module, x)
+            found[piece.key] = self._watch.piece(*self._pieces.make(piece))
         return found
 
     def _measure_networks(self, rows: Codes, done: int, total: int) -> Array:
@@ -135,19 +126,9 @@ class Calibration:
         for i, candidate in enumerate(self._pieces.space.decode(rows)):
             self._progress(done + i, total, "measuring whole networks")
             x = self._pieces.family.example(1)
-            found.append(self._time(self._pieces.network(candidate), x, least=0.02))
+            found.append(self._watch.whole(self._pieces.network(candidate), x))
         self._progress(done + len(rows), total, "measuring whole networks")
         return np.array(found)
-
-    def _time(self, module: nn.Module, x: torch.Tensor, least: float = 0.0) -> float:
-        x = self._runtime.batched(x)
-        model = to_onnx(module, x, fast=True)
-        timing = self._runtime.quick(model, x, least_seconds=least)
-        if timing.spread > _UNSURE:
-            self._unsure += 1
-            again = self._runtime.quick(model, x, least_seconds=max(least, 0.02))
-            timing = min(timing, again, key=lambda t: t.spread)
-        return timing.median_ms
 
     # --- how good it is --------------------------------------------------------------------------
 
@@ -175,7 +156,12 @@ class Calibration:
                 f"the machine is too busy to calibrate: {reason}; stop other work and try again, "
                 "or allow it with strict=False"
             )
-        return {"load": load, "busy": bool(reason), "reason": reason, "repeated": self._unsure}
+        return {
+            "load": load,
+            "busy": bool(reason),
+            "reason": reason,
+            "repeated": self._watch.repeated,
+        }
 
 
 def _line(sums: Array, measured: Array) -> tuple[float, float]:

@@ -21,8 +21,9 @@ class PredictedLatency(CodeCost):
     """Milliseconds of one run, predicted as `overhead + scale * sum of the network's pieces`.
 
     Calibrate it on the machine first, or give it a table that was. Each distinct piece (a unit of
-    the family with its input's shape) is exported and timed on the runtime, less the time of an
-    empty model; pieces that were not measured are filled in by a regression over their work.
+    the family with its input's shape) is exported and timed on the runtime behind a lead-in, less
+    the time of the lead-in alone; pieces that were not measured are filled in by a regression over
+    their work.
     Overhead and scale are fitted on whole networks, the error is stated on others.
     A lookup table of blocks as in ProxylessNAS (Cai et al., 2019) and Once-for-All (2020).
     """

@@ -17,7 +17,7 @@ class Table:
 
     - `runtime`: what `OnnxRuntime.about` said.
     - `space`: fingerprint of the family's space.
-    - `pieces`: a piece's fingerprint to its milliseconds (less those of an empty model) and work.
+    - `pieces`: a piece's fingerprint to the milliseconds that it adds to a network, and its work.
     - `empty_ms`: a run of a model that does nothing.
     - `overhead_ms`, `scale`: a network takes `overhead_ms + scale * sum of its pieces`.
     - `filler`: the regression for pieces that were not measured; '' where all were.

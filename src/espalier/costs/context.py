@@ -1,0 +1,101 @@
+"""Pieces timed as they stand in a network: behind another convolution, whose time is taken off.
+
+A piece alone is timed too long: runtimes keep channels in blocks inside a network, and turn every
+piece's input and output to and from that layout when it stands alone. So a piece is timed behind a
+lead-in (with the block, less without: Puzzle; Bercovich et al., 2024):
+
+    time(lead-in, piece) - time(lead-in) = piece + turn(its output) - turn(its input)
+
+What a turn costs is found per shape from one and two lead-ins. It need not be exact: along a chain
+each piece's output is the next one's input, and the turns cancel.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from espalier.costs.runtime import OnnxRuntime
+from espalier.export import deployed, to_onnx
+
+_UNSURE = 0.05  # a timing less certain than this is taken again
+_BLOCK = 8  # with fewer channels nothing is blocked: images, grey or in colour
+_LEAST = 1e-4  # ms; a small difference of two timings may come out at nothing
+
+
+class Stopwatch:
+    """Times modules on a runtime; `repeated` counts those that had to be timed again."""
+
+    def __init__(self, runtime: OnnxRuntime) -> None:
+        self._runtime = runtime
+        self._befores: dict[tuple[int, ...], tuple[bytes, deque[float]]] = {}
+        self._turns: dict[tuple[int, ...], float] = {}
+        self.repeated = 0
+
+    def whole(self, network: nn.Module, x: Tensor) -> float:
+        """Milliseconds of a whole network."""
+        x = self._runtime.batched(x)
+        return self._time(to_onnx(network, x, fast=True), x, least=0.02)
+
+    def piece(self, module: nn.Module, x: Tensor) -> float:
+        """Milliseconds that a piece adds to a network."""
+        x = self._runtime.batched(x)
+        with deployed(module):
+            out = module(x)
+        lead_in = _lead_in(x) if _blocked(x) else None
+        model = module if lead_in is None else nn.Sequential(lead_in, module)
+        before = self.empty_ms if lead_in is None else self._before(lead_in, x)
+        both = self._time(to_onnx(model, x, fast=True), x)
+        return max(both - before + self._turn(x) - self._turn(out), _LEAST)
+
+    @property
+    def empty_ms(self) -> float:
+        """Milliseconds of a model that does nothing."""
+        return self._before(nn.Identity(), torch.zeros(1, 1))
+
+    def _before(self, module: nn.Module, x: Tensor) -> float:
+        """Timed again beside every piece, so that a machine that changes its pace is followed;
+        the middle of the last three, so that one disturbance does no harm."""
+        shape = tuple(x.shape)
+        if shape not in self._befores:
+            self._befores[shape] = to_onnx(module, x, fast=True), deque(maxlen=3)
+        model, last = self._befores[shape]
+        last.append(self._time(model, x))
+        return statistics.median(last)
+
+    def _turn(self, x: object) -> float:
+        """Milliseconds to turn a tensor of this shape into blocks, or back: half of both."""
+        if not isinstance(x, Tensor) or not _blocked(x):
+            return 0.0
+        shape = tuple(x.shape)
+        if shape not in self._turns:
+            x, lead_in = torch.zeros(shape), _lead_in(x)
+            one, two = (
+                self._time(to_onnx(model, x, fast=True), x, least=0.01)
+                for model in (lead_in, nn.Sequential(lead_in, _lead_in(x)))
+            )
+            # one: empty + turn + lead-in + turn back; two: a lead-in more
+            self._turns[shape] = max(0.0, (2 * one - two - self.empty_ms) / 2)
+        return self._turns[shape]
+
+    def _time(self, model: bytes, x: Tensor, least: float = 0.0) -> float:
+        timing = self._runtime.quick(model, x, least_seconds=least)
+        if timing.spread > _UNSURE:
+            self.repeated += 1
+            again = self._runtime.quick(model, x, least_seconds=max(least, 0.02))
+            timing = min(timing, again, key=lambda t: t.spread)
+        return timing.median_ms
+
+
+def _blocked(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[1] >= _BLOCK and x.is_floating_point()
+
+
+def _lead_in(x: Tensor) -> nn.Module:
+    """A cheap layer that leaves its output in the runtime's own layout."""
+    channels = x.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU())
