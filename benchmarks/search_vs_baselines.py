@@ -3,14 +3,16 @@
 For each data set, latency budget and seed, all trained with the same recipe and epochs:
 
 - found: `espalier.search`, the network it hands out (the better of two starts, by validation);
-- found, from scratch: the same, but no network starts from the supernet's weights;
-- uniform: the same family scaled by hand to the same latency;
+- found, from scratch: the same network trained from scratch only;
+- uniform: the same family scaled by hand to the same latency, with the same two starts;
 - random: random candidates of the family within the budget, each trained to the end from scratch,
-  for as long as the whole search took (supernet included, which serves all budgets of a seed);
-- mobilenetv2, resnet: hand-made networks of those styles, their width scaled to the same latency.
+  for as long as the search took (its share of the supernet and the table included: one supernet
+  serves the three budgets of a seed); the best by validation;
+- random on the supernet: random search given the same trials and finalists as the search;
+- mobilenetv2, resnet: hand-made networks of those styles, their width scaled to the same latency,
+  trained twice (two seeds), as the found one has two starts.
 
-Every baseline that is one network is trained twice (two seeds) and the better by validation is
-kept, as the found one has two starts. Choice is by validation, report on test.
+Choice is by validation, report on test. Latency is measured in ONNX Runtime on one thread.
 
     python benchmarks/search_vs_baselines.py --quick       # one seed, one budget: minutes
     python benchmarks/search_vs_baselines.py               # 5 seeds, 3 budgets, 2 data sets
@@ -20,15 +22,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import espalier as esp
@@ -37,6 +41,7 @@ from espalier.flows.job import Plan
 from espalier.flows.machine import machine
 from espalier.problem import Reading
 from espalier.study import Processes
+from espalier.study.executor import Job, Outcome
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,14 +55,14 @@ class Setting:
 
 SETTINGS = {
     "cifar10-16": Setting(
-        "cifar10:size=16,train=4000,validation=1000,test=4000",
+        "cifar10:size=16,train=2000,validation=1000,test=4000",
         (0.04, 0.08, 0.16),
-        Plan(supernet_epochs=24, trials=160, population=32, finalists=2, final_epochs=20),
+        Plan(supernet_epochs=24, trials=200, population=32, finalists=2, final_epochs=16),
     ),
     "mnist-16": Setting(
-        "mnist:size=16,train=2000,validation=1000,test=4000",
+        "mnist:size=16,train=1000,validation=1000,test=4000",
         (0.02, 0.04, 0.08),
-        Plan(supernet_epochs=20, trials=128, population=32, finalists=2, final_epochs=15),
+        Plan(supernet_epochs=20, trials=160, population=32, finalists=2, final_epochs=12),
     ),
 }
 
@@ -168,16 +173,19 @@ def both_splits(network: nn.Module, task: Any, recipe: Any, seed: int) -> dict[s
     train.fit(network, task, recipe, seed)
     out = {}
     for split in ("validation", "test"):
-        out[split] = Reading(train.evaluate(network, task, split)["accuracy"], "", "measured", split)
+        out[split] = Reading(
+            train.evaluate(network, task, split)["accuracy"], "", "measured", split
+        )
     return out
 
 
-def outcomes(evaluate: Any, candidates: list[Any], workers: int) -> Iterator[dict[str, Reading]]:
-    with Processes(workers).open(evaluate) as pool:
-        for outcome in pool.run(candidates):
+def evaluated(work: Any, jobs: Iterable[Job], workers: int) -> Iterator[Outcome]:
+    """Outcomes of jobs in worker processes, one thread each; the first failure ends it."""
+    with Processes(workers).open(work) as pool:
+        for outcome in pool.run(jobs):
             if outcome.error:
                 raise RuntimeError(outcome.error)
-            yield outcome.metrics
+            yield outcome
 
 
 def chosen(rows: list[dict[str, Reading]]) -> float:
@@ -195,7 +203,8 @@ def compare(
     runtime = esp.costs.OnnxRuntime(threads=1, batch=1)
     shared = folder / f"{name}-{seed}"
     out = folder / f"{name}-{seed}-{latency}"
-    started = time.time()
+    if out.exists():
+        shutil.rmtree(out)  # a comparison that was stopped is done again whole
     found = esp.search(
         "mobilenet",
         task,
@@ -208,18 +217,12 @@ def compare(
         out=out,
         reuse=shared if shared.exists() else None,
     )
-    seconds = time.time() - started
-    if shared.exists():
-        seconds += json.loads((shared / "seconds.json").read_text())
-    else:
-        out.rename(shared)
-        shared_seconds = found.to_json()["seconds"]
-        (shared / "seconds.json").write_text(
-            json.dumps(shared_seconds["supernet"] + shared_seconds["calibrate"])
-        )
+    if not shared.exists():
+        shutil.copytree(out, shared)
+    seconds = search_seconds(out, shared, len(setting.latencies_ms))
     result = found.to_json()
     recipe = replace(esp.Recipe(), epochs=setting.plan.final_epochs)
-    family = esp.nets.make("mobilenet", task.shape, task.classes)
+    family = found.family
     row: dict[str, Any] = {
         "data": name,
         "latency_ms": latency,
@@ -229,27 +232,15 @@ def compare(
         "found_latency_ms": result["best"]["metrics"]["latency_ms"]["value"],
         "found_start": result["best"]["start"],
         "candidate": result["best"]["candidate"],
-        "random on the supernet": next(
-            (e["metrics"]["accuracy"]["value"] for e in result["baselines"] if "random" in e["name"]),
-            None,
-        ),
     }
-    row["found, from scratch"] = chosen(
-        [
-            r
-            for s in (seed, seed + 1000)
-            for r in outcomes(TrainFamily(family, task, recipe, s), [found.best.candidate], 1)
-        ]
-    )
-    hand = [e for e in found.baselines if "hand" in e.name]
-    if hand:
-        row["uniform"] = chosen(
-            [
-                r
-                for s in (seed, seed + 1000)
-                for r in outcomes(TrainFamily(family, task, recipe, s), [hand[0].candidate], 1)
-            ]
-        )
+    names = {"scaled by hand": "uniform", "random search": "random on the supernet"}
+    for entry in result["baselines"]:
+        row[names[entry["name"]]] = entry["metrics"]["accuracy"]["value"]
+        row[names[entry["name"]] + " latency_ms"] = entry["metrics"]["latency_ms"]["value"]
+    scratch = found.folder / "weights" / f"{found.best.candidate.id}-scratch.safetensors"
+    network = family.build(found.best.candidate)
+    network.load_state_dict(load_file(scratch))
+    row["found, from scratch"] = train.evaluate(network, task, "test")["accuracy"]
     row["random"], row["random trained"] = random_search(
         family, task, recipe, found, latency, seconds, seed, workers
     )
@@ -267,39 +258,60 @@ def compare(
                 for s in (seed, seed + 1000)
             ]
     rows: dict[str, list[dict[str, Reading]]] = {}
-    for candidate in styled:
-        got = list(outcomes(TrainHand(task, recipe), [candidate], 1))
-        rows.setdefault(str(candidate["style"]), []).extend(got)
+    jobs = [Job(i, candidate) for i, candidate in enumerate(styled)]
+    for outcome in evaluated(TrainHand(task, recipe), jobs, workers):
+        rows.setdefault(str(styled[outcome.id]["style"]), []).append(outcome.readings)
     row.update({style: chosen(got) for style, got in rows.items()})
     return row
 
 
+def search_seconds(out: Path, shared: Path, budgets: int) -> float:
+    """Wall seconds of one search, with its share of the supernet and the latency table; without
+    the baselines that the search trained for its own report (half of its final trainings)."""
+    with esp.Study.open(out) as study, esp.Study.open(shared) as first:
+        own, paid = study.phase_seconds(), first.phase_seconds()
+    return own["search"] + own["final"] / 2 + (paid["calibrate"] + paid["supernet"]) / budgets
+
+
 def random_search(
-    family: Any, task: Any, recipe: Any, found: Any, latency: float, seconds: float, seed: int, workers: int
+    family: Any,
+    task: Any,
+    recipe: Any,
+    found: Any,
+    latency: float,
+    seconds: float,
+    seed: int,
+    workers: int,
 ) -> tuple[float, int]:
     """Random candidates within the budget, trained to the end until the time is up."""
     rng = np.random.default_rng([seed, 77])
     space, deadline = family.space, time.time() + seconds
     predicted = found.pricing
-    rows: list[dict[str, Reading]] = []
 
     def feasible() -> Iterator[esp.Candidate]:
         while time.time() < deadline:
             codes = space.sample(256, rng)
             cost = predicted(codes)["latency_ms"]
-            # as near to the budget as the search's own finalists may be
             for i in np.flatnonzero(cost <= latency):
+                if time.time() > deadline:
+                    return
                 yield space.decode(codes[i : i + 1])[0]
 
-    stream = feasible()
-    with Processes(workers).open(TrainFamily(family, task, recipe, seed)) as pool:
-        while time.time() < deadline:
-            batch = [c for c, _ in zip(stream, range(workers * 2), strict=False)]
-            rows += [o.metrics for o in pool.run(batch) if not o.error]
+    jobs = (Job(i, candidate) for i, candidate in enumerate(feasible()))
+    work = TrainFamily(family, task, recipe, seed)
+    rows = [outcome.readings for outcome in evaluated(work, jobs, workers)]
     return chosen(rows), len(rows)
 
 
-METHODS = ("found", "found, from scratch", "uniform", "random", "mobilenetv2", "resnet", "random on the supernet")
+METHODS = (
+    "found",
+    "found, from scratch",
+    "uniform",
+    "random",
+    "mobilenetv2",
+    "resnet",
+    "random on the supernet",
+)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

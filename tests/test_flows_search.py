@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ class Perceptron(esp.Family):
         width = int(candidate["width"])
         sizes = [int(np.prod(self.shape)), *[width] * int(candidate["depth"])]
         layers: list[torch.nn.Module] = [torch.nn.Flatten()]
-        for i, o in zip(sizes, sizes[1:], strict=False):
+        for i, o in itertools.pairwise(sizes):
             layers += [torch.nn.Linear(i, o), torch.nn.ReLU()]
         return torch.nn.Sequential(*layers, torch.nn.Linear(sizes[-1], self.classes))
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from espalier import estimators as estimators
     from espalier import export as export
     from espalier import nets as nets
-    from espalier import space as spaces
+    from espalier import space as spaces  # noqa: F401
     from espalier import tasks as tasks
     from espalier import testing as testing
     from espalier import train as train
@@ -90,7 +90,7 @@ _NAMES = {
     "real": "espalier.space",
     "search": "espalier.flows.search",
 }
-__all__ = [*sorted([*_ROOMS, *_NAMES]), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted([*_ROOMS, *_NAMES]), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `espalier search | measure | report | export | dashboard | recipe`."""
+"""The command line: `espalier search | measure | report | dashboard | recipe`."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _print_found(result: dict[str, Any], page: Path) -> None:
         f"limits kept as measured: {limits or 'none asked'}", highlight=False, soft_wrap=True
     )
     console.print(f"network: {result['best']['id']}", highlight=False)
-    for note in result["notes"]:
+    for note in [*result["verdicts"], *result["notes"]]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     for name, path in result["files"].items():
         console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from espalier.export import Exported, export
 from espalier.flows.pricing import Pricing
 from espalier.flows.result import result_json
 from espalier.flows.weights import trained_network, weights_path
+from espalier.nets import Family
 from espalier.space import Candidate
 from espalier.study import Study, Trial
 
@@ -86,7 +87,9 @@ class Found:
             "family": family.name,
             "candidate": entry.candidate.to_json(),
             "metrics": {k: r.to_json() for k, r in entry.metrics.items()},
-            **getattr(task, "card", {}),
+            # what a user must do to inputs before the network sees them
+            "normalisation": getattr(task, "normalisation", {}),
+            "class_names": list(getattr(task, "class_names", None) or []),
         }
         return export(
             self.network(entry),
@@ -100,6 +103,11 @@ class Found:
     def report(self) -> Path:
         """Writes the HTML page, Markdown and JSON into the study's folder; gives the page."""
         return report.write(self._result, self.folder)["html"]
+
+    @property
+    def family(self) -> Family:
+        """The family that was searched, with the trained shared weights if it shares any."""
+        return self._job.family
 
     @property
     def pricing(self) -> Pricing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from espalier.flows.weights import derive, load_weights, save_weights, trained_n
 from espalier.nets import Family
 from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget, front
 from espalier.solvers import strategies
-from espalier.space import Candidate
+from espalier.solvers.strategies import Strategy
+from espalier.space import Candidate, Space
 from espalier.study import Processes, Serial, Study, Trial
 from espalier.tasks import Task
 from espalier.train import Recipe
@@ -33,6 +34,9 @@ from espalier.train import Recipe
 # second measurement does not throw it out.
 _MARGIN = 0.98
 _MEASURED_AT_MOST = 40
+
+
+MakeStrategy = Callable[[Space, int], Strategy]
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Job:
     limits: tuple[Limit, ...]
     runtime: OnnxRuntime
     study: Study
-    strategy: str
+    strategy: str | MakeStrategy
     seed: int
     workers: int
     budget: SearchBudget
@@ -68,6 +72,7 @@ class Job:
     plan: Plan = field(init=False)
     threads: int = 1
     speed: dict[str, float] = field(default_factory=dict)
+    estimates: dict[Candidate, Reading] = field(default_factory=dict)
     phase_started: float = field(default_factory=time.time)
 
     # --- what is asked ---------------------------------------------------------------------
@@ -174,9 +179,15 @@ class Job:
                 progress=self.show.step,
             )
 
-    def explore(self, strategy: str, phase: str) -> list[Trial]:
+    def explore(self, strategy: str | MakeStrategy, phase: str) -> list[Trial]:
         """One search over the space; every trial is recorded."""
-        self.show.phase(f"{phase}: {strategy}", self.plan.trials)
+        seed = derive(self.seed, phase) % 2**32
+        made = (
+            strategies.make(strategy, self.family.space, seed)
+            if isinstance(strategy, str)
+            else strategy(self.family.space, seed)
+        )
+        self.show.phase(f"{phase}: {made.name}", self.plan.trials)
         done = 0
         best = -float("inf")
         sign = 1.0 if self.quality.goal == "max" else -1.0
@@ -194,7 +205,7 @@ class Job:
         trials = self.study.search(
             phase,
             self.problem,
-            strategies.make(strategy, self.family.space, derive(self.seed, phase) % 2**32),
+            made,
             Score(self._estimator(self.family)),
             trials=self.plan.trials,
             batch=self.plan.population,
@@ -203,9 +214,12 @@ class Job:
             deadline=self._deadline(),
             on_trial=on_trial,
         )
+        for trial in trials:
+            if trial.state == "done":
+                self.estimates[trial.candidate] = trial.metrics[self.quality.name]
         if not any(t.state == "done" for t in trials):
             raise BudgetError(
-                f"{strategy} found no candidate within {', '.join(map(str, self.limits))} "
+                f"{made.name} found no candidate within {', '.join(map(str, self.limits))} "
                 f"in {self.plan.trials} trials: raise a limit or the number of trials"
             )
         return trials
@@ -245,6 +259,10 @@ class Job:
 
         got = self.study.once(f"{key}/{candidate.id}", measure)
         return Reading(got["value"], "ms", "measured", "", got["spread"])
+
+    def busy(self, candidate: Candidate) -> bool:
+        """Whether other work disturbed the measurement of the trained network."""
+        return bool(self.study.once(f"latency-trained/{candidate.id}", dict).get("busy"))
 
     def keeps(self, readings: dict[str, Reading], margin: float = 1.0) -> bool:
         """Whether the readings keep every limit; measured latency within `margin` of its own."""
@@ -394,6 +412,8 @@ class Job:
         metrics["latency_ms_predicted"] = metrics["latency_ms"]
         metrics["latency_ms"] = self._settled(candidate, network)
         metrics.update(final)
+        if candidate in self.estimates:
+            metrics[f"{self.quality.name}_estimated"] = self.estimates[candidate]
         tested = self.study.once(
             f"test/{candidate.id}/{start}", lambda: train.evaluate(network, self.task, "test")
         )

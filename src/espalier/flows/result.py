@@ -48,7 +48,8 @@ def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float)
         "latency": job.predicted.error,
         "decisions": decision_effects(job, trials),
         "network": network_rows(job, found),
-        "notes": [*job.study.notes, *verdicts(job, found)],
+        "verdicts": verdicts(job, found),
+        "notes": [*job.study.notes, *disturbances(job, found)],
         "reproduce": reproduce(job),
     }
 
@@ -180,14 +181,31 @@ def verdicts(job: Job, found: Found) -> list[str]:
     return notes
 
 
+def disturbances(job: Job, found: Found) -> list[str]:
+    """Plain words where other work on the machine may have spoiled a measured number."""
+    notes = []
+    error = job.predicted.error
+    if error.get("busy"):
+        notes.append(f"Latency was calibrated on a busy machine: {error.get('reason')}.")
+    if job.busy(found.best.candidate):
+        notes.append("The machine was busy when the found network was measured.")
+    if job.predicted.error.get("within_10_percent", 1.0) < 0.5:
+        notes.append(
+            "The predicted latency is off by more than 10% for most held-out networks; "
+            "limits were kept by measuring."
+        )
+    return notes
+
+
 def reproduce(job: Job) -> dict[str, Any]:
     """The command and the Python that run this search again."""
     within = {x.metric: f"{x.op} {x.bound:g}" for x in job.limits}
     flags = " ".join(f"--max {x.metric}={x.bound:g}" for x in job.limits if x.op == "<=")
+    strategy = job.strategy if isinstance(job.strategy, str) else "nsga2"
     command = (
         f"espalier search --task {shlex.quote(job.task.name)} --family {job.family.name} {flags} "
         f"--budget {shlex.quote(str(job.budget).replace(' ', ''))} --seed {job.seed} "
-        f"--strategy {job.strategy} --workers {job.workers}"
+        f"--strategy {strategy} --workers {job.workers}"
     )
     python = (
         f"esp.search({job.family.name!r}, {job.task.name!r}, within={within!r}, "

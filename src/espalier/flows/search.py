@@ -16,7 +16,7 @@ from espalier.costs import Cost, Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import EspalierError
 from espalier.estimators import Estimator
 from espalier.flows.found import Found
-from espalier.flows.job import Entry, Job
+from espalier.flows.job import Entry, Job, MakeStrategy
 from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
@@ -43,7 +43,7 @@ def search(
     out: str | Path | None = None,
     resume: bool = False,
     workers: int = 0,
-    strategy: str = "nsga2",
+    strategy: str | MakeStrategy = "nsga2",
     estimator: Estimator | None = None,
     costs: Sequence[CostLike] = (),
     recipe: Recipe | None = None,
@@ -68,6 +68,7 @@ def search(
       divided for you.
     - `reuse`: the folder of an earlier study of the same family, data and recipe: its supernet and
       its latency table are taken over, and only the search and the final training are paid again.
+    - `strategy`: its name, or a callable `(space, seed)` that makes an own one.
     - `costs`: own costs, or callables that make one from the family.
     - `out`: the study's folder; a new one under `runs/` when absent. `resume` goes on from it.
 
@@ -78,7 +79,7 @@ def search(
     torch.manual_seed(seed)  # a family that is made here starts from weights that the seed decides
     made = _family(family, task)
     spent = SearchBudget.parse(budget)
-    if strategy not in strategies.STRATEGIES:
+    if isinstance(strategy, str) and strategy not in strategies.STRATEGIES:
         strategies.make(strategy, made.space, seed)  # raises, naming the nearest
     runtime = on or OnnxRuntime()
     folder = Path(out) if out is not None else _free_folder(task, made)
@@ -181,7 +182,7 @@ def _identity(
     task: Task,
     asked: Sequence[Limit],
     runtime: OnnxRuntime,
-    strategy: str,
+    strategy: str | MakeStrategy,
     estimator: Estimator | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def _identity(
         "data": task.fingerprint,
         "limits": [str(x) for x in asked],
         "runtime": _plain(runtime),
-        "strategy": strategy,
+        "strategy": strategy if isinstance(strategy, str) else strategy.__qualname__,
         "estimator": "default" if estimator is None else type(estimator).__qualname__,
         "seed": seed,
     }
