@@ -18,7 +18,7 @@ class Recipe:
     """
 
     epochs: int = 20
-    batch: int = 128
+    batch: int = 64
     lr: float = 0.2  # the peak, for this batch
     momentum: float = 0.9
     weight_decay: float = 5e-4  # not on biases and norms

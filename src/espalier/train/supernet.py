@@ -37,7 +37,7 @@ def train_supernet(
     recipe: Recipe,
     seed: int,
     *,
-    random_subnets: int = 2,
+    random_subnets: int = 1,
     checkpoint: Path | None = None,
     progress: loop.Progress | None = None,
 ) -> list[dict[str, Any]]:
