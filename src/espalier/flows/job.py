@@ -133,7 +133,7 @@ class Job:
         few, one = FewBatches(self.task, 4), replace(self.recipe, epochs=1)
         steps = max(self.task.size("train") // self.recipe.batch, 1)
         share = steps / min(4, steps)
-        middle = self.family.space.decode(hand_scaled(self.family.space, self.family, 3)[1:2])
+        middle = self.family.space.decode(hand_scaled(self.family.space, 3)[1:2])
         probe = copy.deepcopy(self.family)
         all_threads = torch.get_num_threads()
         speed = {"supernet_epoch": 0.0, "threads": float(all_threads)}
@@ -346,7 +346,7 @@ class Job:
         return self.first_within(self.ordered(cheap), 1, taken=top)
 
     def _hand(self) -> list[Candidate]:
-        codes: Codes = hand_scaled(self.family.space, self.family)
+        codes: Codes = hand_scaled(self.family.space)
         keeps = self.problem.violations(self.pricing(codes)) <= 0.05  # the table may be off
         return self.family.space.decode(codes[keeps][::-1])
 

@@ -129,19 +129,16 @@ def check_reach(limits: Sequence[Limit], pricing: Pricing, name: str, seed: int)
     )
 
 
-def hand_scaled(space: Space, family: Any, steps: int = 101) -> Codes:
-    """The family scaled by hand: every decision at the same relative position, small to large.
-
-    Uses the family's own `uniform(scale)` where it has one.
-    """
-    scales = np.linspace(0, 1, steps)
-    if hasattr(family, "uniform"):
-        codes = space.encode([family.uniform(float(s)) for s in scales])
-    else:
-        low, high = space.corner(last=False)[0], space.corner(last=True)[0]
-        grid = low + scales[:, None] * (high.astype(float) - low)
-        if not np.issubdtype(space.dtype, np.floating):
-            grid = np.rint(grid)
-        codes = space.canonical(grid.astype(space.dtype))
+def hand_scaled(space: Space, steps: int = 201) -> Codes:
+    """The family scaled by hand, small to large: all decisions grow together, as evenly as whole
+    options allow (each a little after the one before, so that there are many sizes, not three)."""
+    low = space.corner(last=False)[0].astype(float)
+    high = space.corner(last=True)[0].astype(float)
+    late = (np.arange(len(space)) + 0.5) / max(len(space), 1)
+    grid = low + np.linspace(0, 1, steps)[:, None] * (high - low)
+    whole = np.array([getattr(d, "count", 0) > 0 for d in space.decisions])
+    grid[:, whole] = np.floor(grid[:, whole] + late[whole])
+    grid = np.clip(grid, low, high)
+    codes = space.canonical(grid.astype(space.dtype))
     codes = codes[space.valid(codes)]
     return codes[space.unique(codes)]
