@@ -62,13 +62,13 @@ SETTINGS = {
         "cifar10:size=16,train=2000,validation=1000,test=4000",
         "resnet",
         (0.02, 0.03, 0.045),
-        Plan(supernet_epochs=24, trials=200, population=32, finalists=2, final_epochs=16),
+        Plan(supernet_epochs=30, trials=160, population=32, finalists=2, final_epochs=12),
     ),
     "mnist-16": Setting(
-        "mnist:size=16,train=1000,validation=1000,test=4000",
+        "mnist:size=16,train=500,validation=1000,test=4000",
         "resnet",
         (0.018, 0.027, 0.04),
-        Plan(supernet_epochs=20, trials=160, population=32, finalists=2, final_epochs=12),
+        Plan(supernet_epochs=20, trials=160, population=32, finalists=2, final_epochs=10),
     ),
 }
 
