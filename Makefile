@@ -44,7 +44,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python docs/catalogue.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

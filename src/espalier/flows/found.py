@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from espalier import report
-from espalier.errors import BudgetError
+from espalier.errors import BudgetError, StudyError
 from espalier.export import Exported, export
+from espalier.flows.finals import non_dominated
 from espalier.flows.pricing import Pricing
 from espalier.flows.result import result_json
 from espalier.flows.weights import trained_network, weights_path
@@ -20,7 +21,8 @@ from espalier.space import Candidate
 from espalier.study import Study, Trial
 
 if TYPE_CHECKING:
-    from espalier.flows.job import Entry, Job
+    from espalier.flows.finals import Entry
+    from espalier.flows.job import Job
 
 
 @dataclass
@@ -49,6 +51,11 @@ class Found:
         own = _named(entries, chosen["search"], "found") + _named(
             entries, chosen["cheaper"], "found"
         )
+        if not own:
+            raise StudyError(
+                "no network that was found could be trained to the end; "
+                f"the tracebacks stand in the ledger of {job.study.folder}"
+            )
         kept = [e for e in own if job.keeps(e.metrics)]
         if not kept:
             closest = min(own, key=lambda e: e.metrics["latency_ms"].value)
@@ -62,7 +69,7 @@ class Found:
             rows = [e for e in _named(entries, chosen[role], name) if job.keeps(e.metrics)]
             if rows:
                 baselines.append(_best(job, rows))
-        front = job.non_dominated(kept)
+        front = non_dominated(job, kept)
         found = cls(best, front, baselines, job.study, job.study.folder, job)
         found._result = result_json(job, found, trials, seconds)
         return found

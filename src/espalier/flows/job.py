@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from espalier import train
 from espalier.costs import Cost, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError
 from espalier.estimators import Estimator, OneShot, Trained
-from espalier.flows.evaluate import Finish, Score
-from espalier.flows.plan import Plan, fit_epochs, make_plan
-from espalier.flows.pricing import Codes, Pricing, hand_scaled
+from espalier.flows.evaluate import Score
+from espalier.flows.plan import Plan, make_plan
+from espalier.flows.pricing import Pricing, hand_scaled
 from espalier.flows.progress import Display
 from espalier.flows.speed import FewBatches, threads, timed_second
-from espalier.flows.weights import derive, load_weights, save_weights, trained_network, weights_path
+from espalier.flows.weights import derive, load_weights, save_weights
 from espalier.nets import Family
-from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget, front
+from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget
 from espalier.solvers import strategies
 from espalier.solvers.strategies import Strategy
 from espalier.space import Candidate, Space
@@ -30,23 +29,7 @@ from espalier.study import Processes, Serial, Study, Trial
 from espalier.tasks import Task
 from espalier.train import Recipe
 
-# A finalist must be inside the limit by this much when first measured, so that the noise of the
-# second measurement does not throw it out.
-_MARGIN = 0.98
-_MEASURED_AT_MOST = 40
-
-
 MakeStrategy = Callable[[Space, int], Strategy]
-
-
-@dataclass
-class Entry:
-    """A trained and measured candidate: a row of the result."""
-
-    candidate: Candidate
-    name: str
-    metrics: dict[str, Reading]
-    start: str = ""
 
 
 @dataclass
@@ -274,179 +257,6 @@ class Job:
                 return False
         return True
 
-    def first_within(
-        self, candidates: Iterable[Candidate], count: int, taken: Sequence[Candidate] = ()
-    ) -> list[Candidate]:
-        """The first `count` candidates that keep the limits as measured on the real runtime."""
-        within: list[Candidate] = []
-        near: list[Candidate] = []
-        ratios: list[float] = []
-        for candidate in candidates:
-            if len(within) >= count or len(ratios) >= _MEASURED_AT_MOST:
-                break
-            if candidate in taken:
-                continue
-            price = self.price(candidate)
-            predicted = price["latency_ms"]
-            # where the table is off by a factor for all, don't measure what can't keep the limit
-            usual = float(np.median(ratios)) if len(ratios) >= 4 else 1.0
-            corrected = replace(predicted, value=predicted.value * usual)
-            if not self.keeps({**price, "latency_ms": corrected}):
-                continue
-            reading = self.measured(candidate, None, "latency")
-            ratios.append(reading.value / predicted.value)
-            if self.keeps({**price, "latency_ms": reading}, _MARGIN):
-                within.append(candidate)
-            elif self.keeps({**price, "latency_ms": reading}):
-                near.append(candidate)
-        return (within + near)[:count]
-
-    def ordered(self, trials: Sequence[Trial]) -> list[Candidate]:
-        """Trials that keep the limits as predicted, the best estimate first, cheap before dear."""
-        sign = -1.0 if self.quality.goal == "max" else 1.0
-        done = [t for t in trials if t.state == "done" and not t.violation]
-        done.sort(
-            key=lambda t: (
-                sign * t.metrics[self.quality.name].value,
-                t.metrics[self.axis].value,
-                t.position,
-            )
-        )
-        return [t.candidate for t in done]
-
-    def select(self, searched: Sequence[Trial], random: Sequence[Trial]) -> dict[str, list[Any]]:
-        """Who is trained to the end: the best found, cheaper ones on the front, the baselines."""
-        self.show.phase("measuring finalists on the real runtime", 1)
-        top = self.first_within(self.ordered(searched), self.plan.finalists)
-        if not top:
-            top = self._smallest_within(searched)
-        cheaper = self._cheaper(searched, top)
-        hand = self.first_within(self._hand(), 1)
-        by_chance = self.first_within(self.ordered(random), self.plan.finalists)
-        return {"search": top, "cheaper": cheaper, "hand": hand, "random": by_chance}
-
-    def _smallest_within(self, trials: Sequence[Trial]) -> list[Candidate]:
-        rising = sorted(
-            (t for t in trials if t.state == "done"), key=lambda t: t.metrics["latency_ms"].value
-        )
-        found = self.first_within([t.candidate for t in rising], 1)
-        if found:
-            return found
-        least = self.measured(rising[0].candidate, None, "latency")
-        raise BudgetError(
-            f"no candidate keeps {', '.join(map(str, self.limits))} as measured: the cheapest of "
-            f"{len(rising)} trials takes {least.value:.4g} ms on {self.runtime.name}"
-        )
-
-    def _cheaper(self, trials: Sequence[Trial], top: Sequence[Candidate]) -> list[Candidate]:
-        """One front candidate at about half the cost of the best, so that the front has a slope."""
-        done = [t for t in trials if t.state == "done" and not t.violation]
-        cost = self.price(top[0])[self.axis].value
-        cheap = [t for t in done if t.metrics[self.axis].value <= 0.6 * cost]
-        return self.first_within(self.ordered(cheap), 1, taken=top)
-
-    def _hand(self) -> list[Candidate]:
-        codes: Codes = hand_scaled(self.family.space)
-        keeps = self.problem.violations(self.pricing(codes)) <= 0.05  # the table may be off
-        return self.family.space.decode(codes[keeps][::-1])
-
-    # --- to the end ------------------------------------------------------------------------
-
-    def finish(
-        self, chosen: Sequence[Candidate]
-    ) -> dict[Candidate, tuple[str, dict[str, Reading]]]:
-        """Trains each from the supernet's weights and from scratch; keeps the better start."""
-        starts = ("supernet", "scratch") if self.shared else ("scratch",)
-        epochs = int(self.study.once("final epochs", lambda: self._final_epochs(len(chosen))))
-        recipe = replace(self.recipe, epochs=epochs)
-        best: dict[Candidate, tuple[str, dict[str, Reading]]] = {}
-        name = f"{self.quality.name}_validation"
-        sign = 1.0 if self.quality.goal == "max" else -1.0
-        for start in starts:
-            self.show.phase(f"training to the end, from {start}", len(chosen))
-            done = 0
-
-            def on_trial(trial: Trial) -> None:
-                nonlocal done
-                done += 1
-                self.show.step(done, len(chosen))
-
-            used = replace(recipe, lr=recipe.lr * 0.5) if start == "supernet" else recipe
-            work = Finish(self.family, self.task, used, self.seed, start, self.study.folder)  # type: ignore[arg-type]
-            for trial in self.study.map(
-                f"final from {start}",
-                list(chosen),
-                work,
-                executor=self.executor(),
-                on_trial=on_trial,
-            ):
-                if trial.state != "done":
-                    continue
-                value = sign * trial.metrics[name].value
-                old = best.get(trial.candidate)
-                if old is None or value > sign * old[1][name].value:
-                    best[trial.candidate] = (start, trial.metrics)
-        return best
-
-    def _final_epochs(self, count: int) -> int:
-        """What was planned, or what the time that is left allows if the machine became slower."""
-        if self.budget.seconds is None or "final_epoch" not in self.speed:
-            return self.plan.final_epochs
-        left = self.budget.seconds - self.spent() - 6.0  # export and report
-        planned = self.plan.supernet_epochs * self.speed["supernet_epoch"]
-        slower = self.study.phase_seconds().get("supernet", 0.0) / planned if planned else 1.0
-        starts = 2 if self.shared else 1
-        return fit_epochs(self.plan, left, slower, self.speed, self.workers, starts * count)
-
     def spent(self) -> float:
         """Seconds that this study took so far, over all its runs."""
         return sum(self.study.phase_seconds().values()) + time.time() - self.phase_started
-
-    def entry(
-        self, candidate: Candidate, name: str, start: str, final: dict[str, Reading]
-    ) -> Entry:
-        """Measures the trained network, tests it once, and puts all its numbers together."""
-        weights = weights_path(self.study.folder, candidate, start)
-        network = trained_network(self.family, candidate, weights)
-        metrics = dict(self.price(candidate))
-        metrics["latency_ms_predicted"] = metrics["latency_ms"]
-        metrics["latency_ms"] = self._settled(candidate, network)
-        metrics.update(final)
-        if candidate in self.estimates:
-            metrics[f"{self.quality.name}_estimated"] = self.estimates[candidate]
-        tested = self.study.once(
-            f"test/{candidate.id}/{start}", lambda: train.evaluate(network, self.task, "test")
-        )
-        for metric in self.task.metrics:
-            if metric.name in tested:
-                metrics[metric.name] = Reading(tested[metric.name], metric.unit, "measured", "test")
-        return Entry(candidate, name, metrics, start)
-
-    def _settled(self, candidate: Candidate, network: torch.nn.Module) -> Reading:
-        """The trained network's latency; where it lands over the limit and the first measurement
-        did not, the median of four decides."""
-        reading = self.measured(candidate, network, "latency-trained")
-        price = self.price(candidate)
-        if self.keeps({**price, "latency_ms": reading}):
-            return reading
-        again = [self.measured(candidate, network, f"latency-trained-{i}") for i in range(2)]
-        all_four = sorted(
-            [self.measured(candidate, None, "latency"), reading, *again], key=lambda r: r.value
-        )
-        middle = all_four[1:3]
-        value = sum(r.value for r in middle) / 2
-        return replace(reading, value=value, spread=all_four[-1].value - all_four[0].value)
-
-    def non_dominated(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The front of trained, measured entries by validation quality and measured cost."""
-        sign = -1.0 if self.quality.goal == "max" else 1.0
-        values = np.array(
-            [
-                [
-                    sign * e.metrics[f"{self.quality.name}_validation"].value,
-                    e.metrics[self.axis].value,
-                ]
-                for e in entries
-            ]
-        )
-        return [entries[i] for i in front(values)]

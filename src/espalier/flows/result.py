@@ -17,8 +17,9 @@ from espalier.flows.machine import machine, versions
 from espalier.study import Study, Trial
 
 if TYPE_CHECKING:
+    from espalier.flows.finals import Entry
     from espalier.flows.found import Found
-    from espalier.flows.job import Entry, Job
+    from espalier.flows.job import Job
 
 
 def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from espalier import nets, tasks
 from espalier.costs import Cost, Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import EspalierError
 from espalier.estimators import Estimator
+from espalier.flows.finalists import select
+from espalier.flows.finals import finish
 from espalier.flows.found import Found
-from espalier.flows.job import Entry, Job, MakeStrategy
+from espalier.flows.job import Job, MakeStrategy
 from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
@@ -128,11 +130,9 @@ def _run(job: Job, counts: Counts) -> Found:
     with _phase(job, "random"):
         by_chance = job.explore("random", "random")
     with _phase(job, "final"):
-        chosen = job.select(searched, by_chance)
+        chosen = select(job, searched, by_chance)
         everyone = list(dict.fromkeys(itertools.chain(*chosen.values())))
-        finals = job.finish(everyone)
-        show.phase("measuring and testing the trained networks", len(finals))
-        entries = {c: job.entry(c, "", start, m) for c, (start, m) in finals.items()}
+        entries = finish(job, everyone)
     return Found.settle(job, chosen, entries, [*searched, *by_chance], time.time() - started)
 
 
@@ -216,6 +216,3 @@ def _free_folder(task: Task, family: Family) -> Path:
         if not folder.exists():
             return folder
     raise AssertionError("unreachable")
-
-
-__all__ = ["Entry", "Found", "search"]

@@ -11,11 +11,22 @@ if TYPE_CHECKING:
     from espalier.testing.executor import check_executor as check_executor
     from espalier.testing.family import check_family as check_family
     from espalier.testing.ledger import check_ledger as check_ledger
+    from espalier.testing.search import check_search as check_search
     from espalier.testing.space import check_space as check_space
     from espalier.testing.strategy import check_strategy as check_strategy
     from espalier.testing.task import check_task as check_task
 
-_SUITES = ("cost", "estimator", "executor", "family", "ledger", "space", "strategy", "task")
+_SUITES = (
+    "cost",
+    "estimator",
+    "executor",
+    "family",
+    "ledger",
+    "search",
+    "space",
+    "strategy",
+    "task",
+)
 __all__ = [f"check_{suite}" for suite in _SUITES]
 
 

@@ -1,0 +1,79 @@
+"""Every strategy with every estimator and every family."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import espalier as esp
+from espalier.nets import FAMILIES
+from espalier.solvers import strategies
+from espalier.testing import check_search
+
+RECIPE = esp.Recipe(epochs=1, batch=32)
+
+
+@functools.cache
+def task() -> esp.Task:
+    return esp.tasks.images("digits", train=64, validation=64, test=64)
+
+
+class Perceptron(esp.Family):
+    """A family that shares no weights, with a conditional and a real decision."""
+
+    name = "perceptron"
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        self.shape, self.classes = shape, classes
+
+    @property
+    def space(self) -> esp.Space:
+        return esp.Space(
+            [
+                esp.choice("hidden", False, True),
+                esp.integer("width", 4, 64, when={"hidden": (True,)}),
+                esp.real("dropout", 0.0, 0.5),
+            ]
+        )
+
+    def build(self, candidate: esp.Candidate) -> torch.nn.Module:
+        size = int(np.prod(self.shape))
+        layers: list[torch.nn.Module] = [
+            torch.nn.Flatten(),
+            torch.nn.Dropout(float(candidate["dropout"])),
+        ]
+        if candidate["hidden"]:
+            width = int(candidate["width"])
+            layers += [torch.nn.Linear(size, width), torch.nn.ReLU()]
+            size = width
+        return torch.nn.Sequential(*layers, torch.nn.Linear(size, self.classes))
+
+
+@functools.cache
+def family(name: str) -> esp.Family:
+    torch.manual_seed(0)
+    if name == "perceptron":
+        return Perceptron(task().shape, task().classes)
+    return esp.nets.make(name, task().shape, task().classes)
+
+
+@pytest.mark.parametrize("strategy", list(strategies.STRATEGIES))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("perceptron", "trained")]
+    + [(name, kind) for name in FAMILIES for kind in ("trained", "one-shot")],
+)
+def test_every_strategy_estimator_and_family(strategy: str, name: str, kind: str) -> None:
+    made = family(name)
+    estimator: esp.Estimator = (
+        esp.estimators.Trained(made, task(), RECIPE)
+        if kind == "trained"
+        else esp.estimators.OneShot(made, task(), calibration_images=64)
+    )
+    trials = check_search(
+        made, estimator, lambda space, seed: strategies.make(strategy, space, seed), trials=4
+    )
+    assert len(trials) == 4
