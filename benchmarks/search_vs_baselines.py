@@ -61,13 +61,13 @@ SETTINGS = {
     "cifar10-16": Setting(
         "cifar10:size=16,train=2000,validation=1000,test=4000",
         "resnet",
-        (0.02, 0.03, 0.045),
+        (0.025, 0.035, 0.05),
         Plan(supernet_epochs=30, trials=160, population=32, finalists=2, final_epochs=12),
     ),
     "mnist-16": Setting(
         "mnist:size=16,train=500,validation=1000,test=4000",
         "resnet",
-        (0.018, 0.027, 0.04),
+        (0.025, 0.035, 0.05),
         Plan(supernet_epochs=20, trials=160, population=32, finalists=2, final_epochs=10),
     ),
 }
@@ -143,7 +143,7 @@ def largest_within(
 ) -> float | None:
     """The largest width multiplier whose network keeps the latency as measured."""
     best = None
-    for scale in np.arange(0.25, 4.01, 0.25):
+    for scale in np.arange(0.25, 4.01, 0.125):
         measured = runtime.measure(make(float(scale)).eval(), example).median_ms
         if measured <= latency_ms:
             best = float(scale)

@@ -176,6 +176,7 @@ def test_an_infeasible_budget_says_what_is_reachable(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "ledger.sqlite").exists()
     with pytest.raises(BudgetError, match="latency_ms <= 1e-06"):
         tiny_search(tmp_path / "b", within={"latency_ms": 1e-6})
+    assert not (tmp_path / "b" / "ledger.sqlite").exists()  # the folder is free for a mended limit
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,24 @@ def test_an_own_family_own_cost_and_no_shared_weights(tmp_path: Path) -> None:
     )
     assert found.best.metrics["silicon"].value <= 0.4
     assert found.best.start == "scratch"
+
+
+def test_an_own_strategy_is_made_from_space_and_seed(found: esp.Found, tmp_path: Path) -> None:
+    class Backwards(esp.strategies.Random):
+        """Random search under another name."""
+
+        name = "backwards"
+
+    own = tiny_search(tmp_path / "run", strategy=Backwards, reuse=found.folder)
+    with esp.Study.open(own.folder) as study:
+        assert study.meta["phase/search"]["strategy"] == "backwards"
+    with pytest.raises(StudyError, match="strategy"):
+        tiny_search(tmp_path / "run", resume=True)
+
+
+def test_another_familys_study_is_not_reused(found: esp.Found, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="reuse"):
+        esp.search("resnet", "digits", reuse=found.folder, out=tmp_path / "run")
 
 
 def test_a_family_of_another_shape_is_refused() -> None:

@@ -230,7 +230,11 @@ def measure(
     with _one_line_errors():
         from espalier.costs import price_onnx
 
-        priced: dict[str, Reading] = price_onnx(model, _runtime(device, threads, batch))
+        def note(text: str) -> None:
+            print(f"note: {text}", file=sys.stderr)
+
+        runtime = _runtime(device, threads, batch)
+        priced: dict[str, Reading] = price_onnx(model, runtime, note)
         if as_json:
             print(json.dumps({k: r.to_json() for k, r in priced.items()}))
             return

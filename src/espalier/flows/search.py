@@ -13,7 +13,7 @@ import torch
 
 from espalier import nets, tasks
 from espalier.costs import Cost, Counts, OnnxRuntime, PredictedLatency
-from espalier.errors import EspalierError
+from espalier.errors import BudgetError, EspalierError, StudyError
 from espalier.estimators import Estimator
 from espalier.flows.finalists import select
 from espalier.flows.finals import finish
@@ -96,16 +96,31 @@ def search(
         study = Study.resume(folder, identity)
     else:
         study = Study.create(folder, identity, settings, seed)
-    with study, show:
-        for text in study.notes:
-            show.note(text)
-        job = Job(
-            made, task, asked, runtime, study, strategy, seed, workers, spent,
-            recipe or Recipe(), show, own, estimator, plan,
-        )  # fmt: skip
-        if reuse is not None:
-            take_over(job, Path(reuse), identity)
-        return _run(job, counts)
+    try:
+        with study, show:
+            for text in study.notes:
+                show.note(text)
+            job = Job(
+                made, task, asked, runtime, study, strategy, seed, workers, spent,
+                recipe or Recipe(), show, own, estimator, plan,
+            )  # fmt: skip
+            if reuse is not None:
+                take_over(job, Path(reuse), identity)
+            return _run(job, counts)
+    except (BudgetError, StudyError):
+        if not resume:
+            _withdraw(folder)
+        raise
+
+
+def _withdraw(folder: Path) -> None:
+    """Removes the ledger of a study that was refused before its first trial, so that the same
+    command with a mended limit can use the folder."""
+    with Study.open(folder) as study:
+        if study.trials():
+            return
+    for path in folder.glob("ledger.*"):
+        path.unlink()
 
 
 def _run(job: Job, counts: Counts) -> Found:
