@@ -24,6 +24,7 @@ depthwise ones. Choice is by validation, report on test. Latency is measured in 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
@@ -141,15 +142,26 @@ STYLES = {"uniform": uniform, "mobilenetv2": mobilenetv2, "resnet": resnet}
 def largest_within(
     make: Callable[[float], nn.Module], latency_ms: float, runtime: Any, example: Tensor
 ) -> float | None:
-    """The largest width multiplier whose network keeps the latency as measured."""
-    best = None
-    for scale in np.arange(0.25, 4.01, 0.125):
-        measured = runtime.measure(make(float(scale)).eval(), example).median_ms
-        if measured <= latency_ms:
-            best = float(scale)
-        elif measured > 1.3 * latency_ms:
-            break
-    return best
+    """The largest width multiplier whose network keeps the latency as measured (by bisection)."""
+    grid = [float(s) for s in np.arange(0.25, 4.01, 0.125)]
+
+    def keeps(scale: float) -> bool:
+        return bool(runtime.measure(make(scale).eval(), example).median_ms <= latency_ms)
+
+    low, high = -1, len(grid)  # grid[low] keeps it, grid[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if keeps(grid[middle]) else (low, middle)
+    return grid[low] if low >= 0 else None
+
+
+def remembered(file: Path, key: str, compute: Callable[[], Any]) -> Any:
+    """What was measured once is the same for every seed."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if key not in known:
+        known[key] = compute()
+        file.write_text(json.dumps(known))
+    return known[key]
 
 
 # --- one way to train them all ---------------------------------------------------------------
@@ -262,11 +274,11 @@ def compare(
     )
     styled = []
     for style in STYLES.values():
-        scale = largest_within(
-            lambda s, style=style: style(task.shape, task.classes, s),
-            latency,
-            runtime,
-            family.example(),
+        make = functools.partial(style, task.shape, task.classes)
+        scale = remembered(
+            folder / "scales.json",
+            f"{name} {latency} {style.__name__}",
+            functools.partial(largest_within, make, latency, runtime, family.example()),
         )
         if scale is not None:
             styled += [
@@ -298,7 +310,7 @@ def random_search(
     seconds: float,
     seed: int,
     workers: int,
-) -> tuple[float, int]:
+) -> tuple[float | None, int]:
     """Random candidates within the budget, trained to the end until the time is up."""
     rng = np.random.default_rng([seed, 77])
     space, deadline = family.space, time.time() + seconds
@@ -316,7 +328,7 @@ def random_search(
     jobs = (Job(i, candidate) for i, candidate in enumerate(feasible()))
     work = TrainFamily(family, task, recipe, seed)
     rows = [outcome.readings for outcome in evaluated(work, jobs, workers)]
-    return chosen(rows), len(rows)
+    return (chosen(rows) if rows else None), len(rows)  # a tight limit may refuse all it draws
 
 
 METHODS = (

@@ -91,6 +91,9 @@ def test_the_network_and_its_export_compute_the_same(found: esp.Found) -> None:
         expected = network(images).numpy()
     got = np.concatenate([session.run(None, {name: x[None].numpy()})[0] for x in images])
     np.testing.assert_allclose(got, expected, atol=1e-4)
+    card = json.loads(Path(found.to_json()["files"]["card"]).read_text())
+    assert card["normalisation"] == task.normalisation  # how to prepare pixels, without Espalier
+    assert card["candidate"] == found.best.candidate.to_json()
     modules = {type(m).__module__.split(".")[0] for m in network.modules()}
     assert "espalier" not in modules
 
@@ -257,6 +260,20 @@ def test_an_own_strategy_is_made_from_space_and_seed(found: esp.Found, tmp_path:
         assert study.meta["phase/search"]["strategy"] == "backwards"
     with pytest.raises(StudyError, match="strategy"):
         tiny_search(tmp_path / "run", resume=True)
+
+
+def test_a_limit_so_tight_that_random_search_finds_nothing(tmp_path: Path) -> None:
+    family = esp.nets.make("resnet", (1, 8, 8), 10)
+    counts = esp.costs.Counts(family)
+    least = float(counts.estimate_codes(family.space.corner(last=False))["params"][0])
+    found = esp.search(
+        family, "digits", within={"params": least}, plan=TINY, recipe=RECIPE, out=tmp_path / "run"
+    )
+    result = found.to_json()
+    assert found.best.metrics["params"].value == least
+    assert not [e for e in found.baselines if e.name == "random search"]
+    assert any("Random search found nothing" in text for text in result["verdicts"])
+    assert found.publish().exists()  # the report copes with a missing baseline
 
 
 def test_another_familys_study_is_not_reused(found: esp.Found, tmp_path: Path) -> None:

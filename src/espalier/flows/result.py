@@ -171,6 +171,12 @@ def verdicts(job: Job, found: Found) -> list[str]:
     name = job.quality.name
     ours = sign * found.best.metrics[name].value
     notes = []
+    if not any(e.name == "random search" for e in found.baselines):
+        refused = job.study.refused("random")
+        notes.append(
+            f"Random search found nothing within the limits: {refused['refused']} of the "
+            f"{refused['asked']} candidates that it drew break them by price."
+        )
     for other in found.baselines:
         theirs = sign * other.metrics[name].value
         if theirs >= ours:

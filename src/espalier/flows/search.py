@@ -142,6 +142,8 @@ def _run(job: Job, counts: Counts) -> Found:
         job.train_shared()
     with _phase(job, "search"):
         searched = job.explore(job.strategy, "search")
+        if not any(t.state == "done" for t in searched):
+            raise BudgetError(_none_within(job))
     with _phase(job, "random"):
         by_chance = job.explore("random", "random")
     with _phase(job, "final"):
@@ -149,6 +151,14 @@ def _run(job: Job, counts: Counts) -> Found:
         everyone = list(dict.fromkeys(itertools.chain(*chosen.values())))
         entries = finish(job, everyone)
     return Found.settle(job, chosen, entries, [*searched, *by_chance], time.time() - started)
+
+
+def _none_within(job: Job) -> str:
+    refused = job.study.refused("search")
+    return (
+        f"the search found no candidate within {', '.join(map(str, job.limits))} among "
+        f"{refused['asked']} that it priced: raise a limit, or give it more trials"
+    )
 
 
 @contextmanager
