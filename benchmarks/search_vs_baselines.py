@@ -69,7 +69,7 @@ SETTINGS = {
         "mnist:size=16,train=500,validation=1000,test=4000",
         "resnet",
         (0.025, 0.035, 0.05),
-        Plan(supernet_epochs=20, trials=160, population=32, finalists=2, final_epochs=10),
+        Plan(supernet_epochs=12, trials=96, population=32, finalists=2, final_epochs=6),
     ),
 }
 
@@ -356,6 +356,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "median": statistics.median(values),
                     "min": min(values),
                     "max": max(values),
+                    "n": len(values),  # fewer than seeds: nothing was found or fits
                     "found_ahead": sum(
                         r["found"] > r[method] for r in group if r.get(method) is not None
                     ),
