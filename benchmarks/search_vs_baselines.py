@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 import espalier as esp
 from espalier import train
-from espalier.flows.job import Plan
 from espalier.flows.machine import machine
+from espalier.flows.plan import Plan
 from espalier.problem import Reading
 from espalier.study import Processes
 from espalier.study.executor import Job, Outcome

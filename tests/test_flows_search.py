@@ -14,8 +14,7 @@ import torch
 
 import espalier as esp
 from espalier.errors import BudgetError, EspalierError, StudyError
-from espalier.flows.job import Plan
-from espalier.flows.plan import make_plan
+from espalier.flows.plan import Plan, make_plan
 from espalier.flows.progress import Silent
 from espalier.problem import SearchBudget
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from espalier.costs import Cost as Cost
     from espalier.errors import EspalierError as EspalierError
     from espalier.estimators import Estimator as Estimator
-    from espalier.flows.search import Found as Found
+    from espalier.flows.found import Found as Found
+    from espalier.flows.plan import Plan as Plan
     from espalier.flows.search import search as search
     from espalier.nets import Family as Family
     from espalier.nets import Supernet as Supernet
@@ -72,11 +73,12 @@ _NAMES = {
     "Estimator": "espalier.estimators",
     "Family": "espalier.nets",
     "Forbid": "espalier.space",
-    "Found": "espalier.flows.search",
+    "Found": "espalier.flows.found",
     "Limit": "espalier.problem",
     "Linear": "espalier.space",
     "Metric": "espalier.problem",
     "Metrics": "espalier.problem",
+    "Plan": "espalier.flows.plan",
     "Problem": "espalier.problem",
     "Recipe": "espalier.train",
     "Space": "espalier.space",
