@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.costs import Counts
 from espalier.estimators import Estimator
+from espalier.flows.evaluate import Score
 from espalier.nets import Family
-from espalier.problem import Limit, Metric, Problem, Reading
+from espalier.problem import Limit, Metric, Problem
 from espalier.solvers.strategies import Strategy
-from espalier.space import Candidate, Space
+from espalier.space import Space
 from espalier.study import Serial, Study, Trial
-
-
-@dataclass
-class _Score:
-    estimator: Estimator
-
-    def __call__(self, candidate: Candidate) -> dict[str, Reading]:
-        return self.estimator.estimate([candidate]).readings()[0]
 
 
 def check_search(
@@ -71,7 +63,7 @@ def _search(
                 "search",
                 problem,
                 make_strategy(family.space, seed),
-                _Score(estimator),
+                Score(estimator),
                 trials=trials,
                 batch=max(trials // 2, 1),
                 executor=Serial(),
