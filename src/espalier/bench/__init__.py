@@ -1,0 +1,1 @@
+"""Tabular benchmarks and the protocol that compares strategies and estimators on them."""
