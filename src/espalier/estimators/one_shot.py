@@ -17,7 +17,7 @@ from espalier.problem import Metrics
 from espalier.space import Candidate
 from espalier.tasks import Split, Task
 from espalier.train.evaluate import calibration, evaluating
-from espalier.train.loop import channels_last
+from espalier.train.loop import channels_last, device_of
 from espalier.train.precision import autocast, resolve
 from espalier.train.recipe import Precision
 from espalier.train.seeds import generator
@@ -30,7 +30,8 @@ class OneShot(Estimator):
 
     The statistics come from `calibration_images` of train, the score from up to `images` of
     `split`; both are chosen once by `seed`, the same for all candidates. The supernet is left as
-    it was. Runs on `threads` threads, one by default: processes go beside each other.
+    it was. Computes on the device that the supernet is on, with `threads` threads, one by default:
+    processes go beside each other.
     One-shot evaluation: Bender et al., 2018; statistics per candidate: Yu & Huang, 2019.
     """
 
@@ -59,10 +60,11 @@ class OneShot(Estimator):
     def _score(self, candidate: Candidate) -> dict[str, float]:
         calibrating, inputs, targets = self._loaded()
         self.supernet.activate(candidate)
-        with autocast(resolve(self.precision)):
+        device = device_of(self.supernet)
+        with autocast(resolve(self.precision, device.type), device.type):
             train.set_statistics(self.supernet, calibrating)
             with evaluating(self.supernet), torch.inference_mode():
-                outputs = [self.supernet(x).float() for x in inputs]
+                outputs = [self.supernet(x).float().cpu() for x in inputs]
         return self.task.measure(torch.cat(outputs), targets)
 
     def _loaded(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -70,11 +72,12 @@ class OneShot(Estimator):
         if self._data is None:
             batches = max(1, round(self.calibration_images / _BATCH))
             size = min(_BATCH, self.calibration_images)
-            inputs, targets = [], []
+            inputs, targets, device = [], [], device_of(self.supernet)
             for x, y in self._scored():
-                inputs.append(channels_last(x))
+                inputs.append(channels_last(x.to(device)))
                 targets.append(y)
-            calibrating = calibration(self.task, batches, size, self.seed)
+            found = calibration(self.task, batches, size, self.seed)
+            calibrating = [x.to(device) for x in found]
             self._data = calibrating, inputs, torch.cat(targets)
         return self._data
 

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.tasks import Split, Task
-from espalier.train.loop import channels_last
+from espalier.train.loop import channels_last, device_of
 from espalier.train.seeds import generator
 
 
 def evaluate(network: nn.Module, task: Task, split: Split, batch: int = 512) -> dict[str, float]:
-    """The task's metrics over a whole split, in fp32; the network's mode is put back."""
+    """The task's metrics over a whole split, in fp32; the network's mode is put back.
+
+    It computes on the device that the network is on."""
     outputs, targets = [], []
+    device = device_of(network)
     with evaluating(network), torch.inference_mode():
         for x, y in task.batches(split, batch):
-            outputs.append(network(channels_last(x)).float())
+            outputs.append(network(channels_last(x.to(device))).float().cpu())
             targets.append(y)
         return task.measure(torch.cat(outputs), torch.cat(targets))
 
@@ -34,7 +37,8 @@ def recalibrate(
     2019).
     """
     if any(isinstance(m, _BatchNorm) for m in network.modules()):
-        set_statistics(network, calibration(task, batches, batch, seed))
+        inputs = calibration(task, batches, batch, seed)
+        set_statistics(network, [x.to(device_of(network)) for x in inputs])
 
 
 def calibration(task: Task, batches: int, batch: int, seed: int) -> list[Tensor]:

@@ -28,6 +28,7 @@ def fit(
 
     With a `teacher` the loss is mixed with the cross entropy to its outputs, by `recipe.distil`.
     With a `checkpoint` path, a training that was killed goes on from it and ends in the same bits.
+    It computes on the device that the network is on; the teacher must be on the same.
     The result is a function of the network, the task, the recipe, the seed and torch's threads.
     Errors: `Diverged` when the loss is NaN; `StudyError` for a checkpoint of another training.
     """
@@ -36,11 +37,11 @@ def fit(
 
     def epoch_of(epoch: int, chosen: Format) -> loop.Step:
         def step(x: Tensor, y: Tensor, index: int) -> Tensor:
-            with autocast(chosen):
+            with autocast(chosen, x.device.type):
                 outputs = network(x)
             loss = losses.hard(task, outputs.float(), y, recipe.label_smoothing)
             if teacher is not None:
-                with torch.no_grad(), autocast(chosen):
+                with torch.no_grad(), autocast(chosen, x.device.type):
                     wanted = teacher(x)
                 matched = losses.soft(outputs.float(), wanted.float(), y)
                 loss = (1 - recipe.distil) * loss + recipe.distil * matched

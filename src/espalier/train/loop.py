@@ -56,7 +56,7 @@ def train(
     optimiser = optimisers.make(module, recipe)
     identity = _identity(module, task, recipe, seed, settings)
     history: list[dict[str, Any]] = []
-    chosen = resolve(recipe.precision)
+    chosen = resolve(recipe.precision, device_of(module).type)
     saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if saved is not None and checkpoint is not None:
         checkpoints.check(checkpoint, saved.counters["identity"], identity)
@@ -93,12 +93,13 @@ def _epoch(
     steps = steps_of(task, recipe.batch)
     parameters = [p for p in module.parameters() if p.requires_grad]
     total, count, lr = 0.0, 0, 0.0
+    device = device_of(module)
     order = generator(seed, epoch, _SHUFFLE)
     for x, y in task.batches("train", recipe.batch, order, recipe.augment):
         lr = optimisers.rate(recipe, epoch * steps + count, recipe.epochs * steps)
         for group in optimiser.param_groups:
             group["lr"] = lr
-        loss = float(step(channels_last(x), y, count))
+        loss = float(step(channels_last(x.to(device)), y.to(device), count))
         if not math.isfinite(loss):
             raise Diverged(
                 f"the loss is {loss} in epoch {epoch + 1}, step {count + 1}: the training diverged; "
@@ -120,6 +121,12 @@ def steps_of(task: Task, batch: int) -> int:
 def channels_last(x: Tensor) -> Tensor:
     """Images with their channels together in memory, where convolutions are fastest."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its first weight is; the processor, if it has none."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _identity(

@@ -48,7 +48,7 @@ def train_supernet(
     """Trains shared weights in place; gives a row an epoch (epoch, loss of the largest, lr).
 
     `supernet` is an `nn.Module` with `.space` and `.activate(candidate)`; it is left with its
-    largest candidate active. Checkpoints and errors are as in `fit`.
+    largest candidate active. It computes on the device that the supernet is on. Checkpoints and errors are as in `fit`.
     """
     module: nn.Module = supernet
     shared: Shared = supernet
@@ -63,7 +63,7 @@ def train_supernet(
 
         def run(candidate: Candidate, x: Tensor) -> Tensor:
             shared.activate(candidate)
-            with autocast(chosen):
+            with autocast(chosen, x.device.type):
                 outputs: Tensor = module(x)
             return outputs.float()
 
