@@ -14,12 +14,35 @@ from espalier.solvers.strategies.strategy import Strategy
 from espalier.space import Space
 
 if TYPE_CHECKING:
+    from espalier.solvers.strategies.eeea import EEEA
     from espalier.solvers.strategies.evolution import Evolution
+    from espalier.solvers.strategies.grid import Grid
+    from espalier.solvers.strategies.local import LocalSearch
+    from espalier.solvers.strategies.mcts import MCTS
     from espalier.solvers.strategies.nsga2 import NSGA2
     from espalier.solvers.strategies.random import Random
+    from espalier.solvers.strategies.reinforce import Reinforce
 
-_CLASSES = {"Evolution": "evolution", "NSGA2": "nsga2", "Random": "random"}
-STRATEGIES: dict[str, str] = {"random": "Random", "evolution": "Evolution", "nsga2": "NSGA2"}
+_CLASSES = {
+    "EEEA": "eeea",
+    "Evolution": "evolution",
+    "Grid": "grid",
+    "LocalSearch": "local",
+    "MCTS": "mcts",
+    "NSGA2": "nsga2",
+    "Random": "random",
+    "Reinforce": "reinforce",
+}
+STRATEGIES: dict[str, str] = {
+    "random": "Random",
+    "grid": "Grid",
+    "local": "LocalSearch",
+    "evolution": "Evolution",
+    "nsga2": "NSGA2",
+    "eeea": "EEEA",
+    "reinforce": "Reinforce",
+    "mcts": "MCTS",
+}
 
 
 def make(name: str, space: Space, seed: int = 0, **options: Any) -> Strategy:
@@ -39,4 +62,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_CLASSES[name]}"), name)
 
 
-__all__ = ["NSGA2", "STRATEGIES", "Evolution", "Random", "Strategy", "make"]
+__all__ = [
+    "EEEA",
+    "MCTS",
+    "NSGA2",
+    "STRATEGIES",
+    "Evolution",
+    "Grid",
+    "LocalSearch",
+    "Random",
+    "Reinforce",
+    "Strategy",
+    "make",
+]

@@ -40,13 +40,17 @@ class Seen:
 
     def new(self, codes: Codes) -> Codes:
         """The valid rows not seen, each once, in order."""
-        codes = codes[self.space.valid(codes)]
+        return codes[self.new_rows(codes)]
+
+    def new_rows(self, codes: Codes) -> NDArray[np.int64]:
+        """Which rows are valid and not seen, each once: their numbers, rising."""
+        valid = np.flatnonzero(self.space.valid(codes))
         out, here = [], set()
-        for i, key in enumerate(self.space.keys(codes).tolist()):
+        for i, key in zip(valid.tolist(), self.space.keys(codes[valid]).tolist(), strict=True):
             if key not in self._keys and key not in here:
                 here.add(key)
                 out.append(i)
-        return codes[np.array(out, dtype=np.int64)]
+        return np.array(out, dtype=np.int64)
 
     def add(self, codes: Codes) -> None:
         """Marks rows as seen."""

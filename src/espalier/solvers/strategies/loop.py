@@ -1,4 +1,4 @@
-"""The evolution loop: a population, and three slots that decide what happens to it."""
+"""The evolution loop: a population, and four slots that decide what happens to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from espalier.errors import EspalierError
 from espalier.solvers.strategies.fresh import Seen
 from espalier.solvers.strategies.population import Population
-from espalier.solvers.strategies.slots import Select, Survive, Vary
+from espalier.solvers.strategies.slots import Corners, Init, Select, Survive, Vary
 from espalier.solvers.strategies.strategy import Array, Codes, Strategy
 from espalier.space import Space
 
@@ -18,11 +18,9 @@ _DEFAULT_POPULATION = 20
 
 
 class EvolutionLoop(Strategy):
-    """Evolution in any batch size: the first `population` asked are the space's two corners (all
-    decisions at their first, all at their last option) and random rows; every later row is a child.
+    """Evolution in any batch size: `init` makes the first rows, every later row is a child.
 
-    Without `population` it is the size of the first batch, or 20 where that is below 8. The
-    corners are there for tight budgets: one of them is usually among the cheapest candidates.
+    Without `population` it is the size of the first batch, or 20 where that is below 8.
     """
 
     learns = True
@@ -35,10 +33,12 @@ class EvolutionLoop(Strategy):
         vary: Vary,
         survive: Survive,
         population: int | None = None,
+        init: Init | None = None,
     ) -> None:
         super().__init__(space, seed)
         if population is not None and population < 2:
             raise EspalierError(f"a population has at least 2 members, got {population}")
+        self.init = init or Corners()
         self.select, self.vary, self.survive = select, vary, survive
         self.size = population
         self.members: Population | None = None
@@ -49,23 +49,16 @@ class EvolutionLoop(Strategy):
         """The next n candidates as codes; fewer when the space has no others."""
         if self.size is None:
             self.size = n if n >= _SMALL_BATCH else _DEFAULT_POPULATION
-        first = min(n, max(self.size - self._asked, 0))
-        if self.members is None:
-            first = n  # nothing was told yet, so there are no parents
-        parts = [self._first(first), self._children(n - first)]
-        codes = np.concatenate(parts)
+        first = n  # while nothing was told, there are no parents
+        if self.members is not None:
+            first = min(n, self.init.left(self.size, self._asked, self.members))
+        codes = np.concatenate([self._first(first), self._children(n - first)])
         self._asked += len(codes)
         return codes
 
     def _first(self, n: int) -> Codes:
-        space = self.space
-        if self._asked > 0 and len(self._seen) > 0:
-            return self._seen.fresh(n, self.rng)
-        corners = np.concatenate([space.corner(last=False), space.corner(last=True)])
-        corners = self._seen.new(corners)[:n]
-        self._seen.add(corners)
-        more = self._seen.fresh(n - len(corners), self.rng)
-        return np.concatenate([corners, more])
+        asked = self._asked
+        return self._seen.fresh(n, self.rng, lambda k: self.init(self.space, k, asked, self.rng))
 
     def _children(self, n: int) -> Codes:
         members = self.members
@@ -107,10 +100,7 @@ class EvolutionLoop(Strategy):
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`."""
-        if state.get("strategy") != self.name:
-            raise EspalierError(
-                f"the state is of strategy {state.get('strategy')!r}, this is {self.name!r}"
-            )
+        self.require_own(state)
         self.size, self._asked = state["size"], state["asked"]
         members = state["members"]
         self.members = None if members is None else Population.from_json(members)

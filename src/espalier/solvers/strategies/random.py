@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from espalier.errors import EspalierError
 from espalier.solvers.strategies.fresh import Seen
 from espalier.solvers.strategies.strategy import Array, Codes, Strategy
 from espalier.space import Space
@@ -39,9 +38,6 @@ class Random(Strategy):
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`."""
-        if state.get("strategy") != self.name:
-            raise EspalierError(
-                f"the state is of strategy {state.get('strategy')!r}, this is {self.name!r}"
-            )
+        self.require_own(state)
         self._seen = Seen.from_json(self.space, state["seen"])
         self.rng.bit_generator.state = state["rng"]

@@ -1,4 +1,4 @@
-"""What evolution is made of: how parents are chosen, how they vary, and who survives.
+"""What evolution is made of: how it starts, how parents are chosen and vary, and who survives.
 
 A slot is a frozen dataclass with its numbers; an evolutionary strategy is a choice for each.
 """
@@ -6,6 +6,7 @@ A slot is a frozen dataclass with its numbers; an evolutionary strategy is a cho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,87 @@ from espalier.solvers.strategies.population import Index, Population
 from espalier.space import Space
 
 Codes = NDArray[Any]
+Price = Callable[[Codes], NDArray[np.float64]]
+
+_DRAWS = 64  # times as many rows as wanted, before the cheapest so far must do
+
+
+class Init(ABC):
+    """Makes the first population."""
+
+    @abstractmethod
+    def __call__(self, space: Space, n: int, asked: int, rng: np.random.Generator) -> Codes:
+        """About n codes; they need not be new. `asked` rows were asked before."""
+
+    @abstractmethod
+    def left(self, size: int, asked: int, members: Population) -> int:
+        """How many rows of the first population are still to be asked, once there are members."""
+
+
+@dataclass(frozen=True)
+class Corners(Init):
+    """The space's two corners (all decisions at their first, all at their last option), then
+    random rows.
+
+    The corners are there for tight budgets: one of them is usually among the cheapest candidates.
+    """
+
+    def __call__(self, space: Space, n: int, asked: int, rng: np.random.Generator) -> Codes:
+        """The corners at the very start, then random rows."""
+        if asked > 0:
+            return space.sample(n, rng)
+        return np.concatenate([space.corner(last=False), space.corner(last=True)])
+
+    def left(self, size: int, asked: int, members: Population) -> int:
+        """As many as the population has room for."""
+        return max(size - asked, 0)
+
+
+@dataclass(frozen=True)
+class Below(Init):
+    """Random rows whose price is at most the threshold (EEEA-Net; Termritthikun et al., 2021).
+
+    Where hardly any row is that cheap, the cheapest of `64 n` draws fill what is missing.
+    """
+
+    price: Price
+    threshold: float
+
+    def __call__(self, space: Space, n: int, asked: int, rng: np.random.Generator) -> Codes:
+        """n rows, redrawn until they are cheap enough."""
+        cheap, dear = [], []
+        found = drawn = 0
+        while found < n and drawn < _DRAWS * n:
+            codes = space.sample(2 * n, rng)
+            prices = np.asarray(self.price(codes), dtype=float)
+            good = prices <= self.threshold
+            cheap.append(codes[good])
+            dear.append((codes[~good], prices[~good]))
+            found, drawn = found + int(good.sum()), drawn + len(codes)
+        rest = np.concatenate([codes for codes, _ in dear])
+        order = np.argsort(np.concatenate([prices for _, prices in dear]), kind="stable")
+        return np.concatenate([*cheap, rest[order]])[:n]
+
+    def left(self, size: int, asked: int, members: Population) -> int:
+        """As many as the population has room for."""
+        return max(size - asked, 0)
+
+
+@dataclass(frozen=True)
+class Kept(Init):
+    """Random rows until the population is full of rows that keep every limit, or `tries` times
+    its size were asked."""
+
+    tries: int = 4
+
+    def __call__(self, space: Space, n: int, asked: int, rng: np.random.Generator) -> Codes:
+        """n random rows."""
+        return space.sample(n, rng)
+
+    def left(self, size: int, asked: int, members: Population) -> int:
+        """A place for each member that breaks a limit, and for each that is missing."""
+        room = max(self.tries * size - asked, 0)
+        return min(size - int(members.kept.sum()), room)
 
 
 class Select(ABC):

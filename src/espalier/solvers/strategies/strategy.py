@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.errors import EspalierError
 from espalier.space import Space
 
 Codes = NDArray[Any]
@@ -44,3 +45,10 @@ class Strategy(ABC):
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`."""
+
+    def require_own(self, state: dict[str, Any]) -> None:
+        """Raises `EspalierError` for the state of another strategy."""
+        if state.get("strategy") != self.name:
+            raise EspalierError(
+                f"the state is of strategy {state.get('strategy')!r}, this is {self.name!r}"
+            )
