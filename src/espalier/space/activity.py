@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.errors import SpaceError
+from espalier.space import few
 from espalier.space.layout import Codes, Gate, Layout, Mask
 
 
@@ -52,14 +53,16 @@ def settle(layout: Layout, codes: Codes) -> dict[int, Mask]:
     masks = gate_masks(layout, codes)
     for j, mask in masks.items():
         codes[~mask, j] = layout.low[j]
-    for j, is_real in enumerate(layout.real):
-        if is_real:
+    if layout.dtype.kind == "f":
+        for j in np.flatnonzero(layout.reals).tolist():
             codes[:, j] += 0.0  # a negative zero would be another key
     return masks
 
 
 def in_range(layout: Layout, codes: Codes, masks: dict[int, Mask]) -> Mask:
     """Rows whose active columns all hold codes of the decision."""
+    if few.few(codes):
+        return few.in_range(layout, codes, masks)
     ok = np.ones(len(codes), dtype=np.bool_)
     for j in range(layout.width):
         column = codes[:, j]
@@ -76,7 +79,7 @@ def require_in_range(layout: Layout, codes: Codes, masks: dict[int, Mask]) -> No
     """Errors: `SpaceError` for an active code that its decision does not have."""
     if not codes.size:
         return
-    if codes.dtype.kind == "i":
+    if codes.dtype.kind == "i" and not few.few(codes):
         low, high = codes.min(axis=0).tolist(), codes.max(axis=0).tolist()
         ends = zip(low, high, layout.high, strict=True)
         if all(a >= 0 and b <= top for a, b, top in ends):

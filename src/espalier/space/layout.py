@@ -53,11 +53,41 @@ class Layout:
         self.free = [
             j for j, (n, r) in enumerate(zip(self.counts, self.real, strict=True)) if r or n > 1
         ]
+        # the same as arrays, for tables of few rows
+        self.count = np.array(self.counts, dtype=np.int64)
+        self.frees = np.array(self.free, dtype=np.int64)
+        self.reals = np.array(self.real, dtype=np.bool_)
+        self.lows = np.array(self.low, dtype=self.dtype)
+        self.highs = np.array(self.high, dtype=self.dtype)
+        self.words = [(columns, self._radices(columns)) for columns in self._words()]
 
     @property
     def width(self) -> int:
         """The number of columns."""
         return len(self.decisions)
+
+    def _words(self) -> list[list[int]]:
+        """Which columns share a 64-bit word: as many discrete as fit; then a real one each."""
+        words: list[list[int]] = []
+        used = 2**64
+        for j in [j for j, is_real in enumerate(self.real) if not is_real]:
+            count = self.counts[j]
+            if words and used * count <= 2**64:
+                words[-1].append(j)
+                used *= count
+            else:
+                words.append([j])
+                used = count
+        return words + [[j] for j, is_real in enumerate(self.real) if is_real]
+
+    def _radices(self, columns: list[int]) -> NDArray[np.uint64] | None:
+        """What each column of a word is multiplied with; None for a real one, which is its bits."""
+        if self.real[columns[0]]:
+            return None
+        out = [1]
+        for j in reversed(columns[1:]):
+            out.append(out[-1] * self.counts[j])
+        return np.array(out[::-1], dtype=np.uint64)
 
     def _dtype(self) -> np.dtype[Any]:
         if any(self.real):

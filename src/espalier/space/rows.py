@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.space import few
 from espalier.space.layout import Codes, Layout
 
 Words = NDArray[np.uint64]
@@ -14,27 +15,14 @@ _BLOCK = 1 << 15
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-def plan(layout: Layout) -> list[list[int]]:
-    """Which columns share a 64-bit word: as many discrete ones as fit; then a real one each."""
-    words: list[list[int]] = []
-    used = 2**64
-    for j in [j for j, is_real in enumerate(layout.real) if not is_real]:
-        count = layout.counts[j]
-        if words and used * count <= 2**64:
-            words[-1].append(j)
-            used *= count
-        else:
-            words.append([j])
-            used = count
-    return words + [[j] for j, is_real in enumerate(layout.real) if is_real]
-
-
 def pack(layout: Layout, codes: Codes) -> list[Words]:
     """The rows as 64-bit words `[(n,), ...]`, mixed radix; different rows get different words.
 
     Rows must be in range. A real number is its bits.
     """
-    words = plan(layout)
+    if few.few(codes):
+        return few.words(layout, codes)
+    words = [columns for columns, _ in layout.words]
     out = [np.zeros(len(codes), dtype=np.uint64) for _ in words]
     # blocks that stay in the cache: each column is read once, each word written once
     for start in range(0, len(codes), _BLOCK):

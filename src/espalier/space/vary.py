@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.space import few
 from espalier.space.activity import gate_mask, gate_masks, require_in_range, settle
 from espalier.space.decisions import Real
 from espalier.space.layout import Codes, Layout, Mask, empty
@@ -30,7 +31,12 @@ def fresh(layout: Layout, j: int, n: int, rng: Rng) -> Codes:
 def draw(layout: Layout, n: int, rng: Rng) -> Codes:
     """n rows, canonical, each active decision drawn on its own."""
     out = empty(layout, n)
-    for j in range(layout.width):
+    if few.few(out):
+        out[:] = few.drawn(layout, n, rng)
+        columns = np.flatnonzero(layout.reals).tolist()
+    else:
+        columns = list(range(layout.width))
+    for j in columns:
         out[:, j] = fresh(layout, j, n, rng)
     settle(layout, out)
     return out
@@ -99,6 +105,9 @@ def mutate(layout: Layout, codes: Codes, rng: Rng, rate: float | None) -> Codes:
     n = len(out)
     if not layout.free or n == 0:
         return out
+    if few.few(out):
+        _mutate_few(layout, out, before, rng, rate)
+        return out
     touched = np.zeros(n, dtype=np.bool_)
     share = 1 / len(layout.free) if rate is None else rate
     # positions run down the columns, as the array is stored
@@ -115,6 +124,22 @@ def mutate(layout: Layout, codes: Codes, rng: Rng, rate: float | None) -> Codes:
         _change_one(layout, out, np.flatnonzero(~touched), before, rng)
     wake(layout, out, before, rng)
     return out
+
+
+def _mutate_few(
+    layout: Layout, codes: Codes, masks: dict[int, Mask], rng: Rng, rate: float | None
+) -> None:
+    """In place: what `mutate` does, for a small table."""
+    rows, which = np.nonzero(few.hit(layout, len(codes), masks, rng, rate))
+    columns = layout.frees[which]
+    if codes.dtype.kind == "f":
+        real = layout.reals[columns]
+        for j in np.unique(columns[real]).tolist():
+            here = rows[columns == j]
+            codes[here, j] = changed(layout, j, codes[here, j], rng)
+        rows, columns = rows[~real], columns[~real]
+    few.shifted(layout, codes, rows, columns, rng)
+    wake(layout, codes, masks, rng)
 
 
 def _change_one(
@@ -154,6 +179,9 @@ def cross(layout: Layout, a: Codes, b: Codes, rng: Rng) -> Codes:
     require_in_range(layout, a, masks_a)
     require_in_range(layout, b, masks_b)
     out = empty(layout, len(a))
+    if few.few(a) and not layout.gates:
+        out[:] = np.where(rng.random(a.shape) < 0.5, a, b)
+        return out
     for j in range(layout.width):
         from_a = rng.integers(0, 2, size=len(a), dtype=np.bool_)
         if j in masks_a:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -44,13 +44,16 @@ class Seen:
 
     def new_rows(self, codes: Codes) -> NDArray[np.int64]:
         """Which rows are valid and not seen, each once: their numbers, rising."""
-        valid = np.flatnonzero(self.space.valid(codes))
-        out, here = [], set()
-        for i, key in zip(valid.tolist(), self.space.keys(codes[valid]).tolist(), strict=True):
-            if key not in self._keys and key not in here:
-                here.add(key)
-                out.append(i)
-        return np.array(out, dtype=np.int64)
+        return np.array(list(self._new(codes).values()), dtype=np.int64)
+
+    def _new(self, codes: Codes) -> dict[Any, int]:
+        """The keys of the valid rows not seen, and the number of the first row of each."""
+        valid = self.space.valid(codes).tolist()
+        out: dict[Any, int] = {}
+        for i, key in enumerate(self.space.keys(codes).tolist()):
+            if key not in self._keys and key not in out and valid[i]:
+                out[key] = i
+        return out
 
     def add(self, codes: Codes) -> None:
         """Marks rows as seen."""
@@ -67,33 +70,39 @@ class Seen:
 
         Raises `SpaceError` where hardly any draw keeps the constraints and listing does not help.
         """
-        parts = [self._empty()]
+        parts = []
+        missing = n
         hopeless: SpaceError | None = None
         for source in (propose, lambda k: self.space.sample(k, rng)):
+            if source is None or missing <= 0:
+                continue
             try:
-                parts.append(self._take(n - sum(map(len, parts)), source))
+                for found in self._take(missing, source):
+                    parts.append(found)
+                    missing -= len(found)
             except SpaceError as error:
                 hopeless = error
-        missing = n - sum(map(len, parts))
         if missing > 0:
             left = self._left()
             parts.append(left[rng.permutation(len(left))[:missing]])
             self.add(parts[-1])
         if hopeless is not None and n > 0 and len(self) == 0:
             raise hopeless
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([self._empty(), *parts])
 
-    def _take(self, n: int, source: Propose | None) -> Codes:
-        """Up to n new rows of a source, marked as seen."""
-        parts = [self._empty()]
+    def _take(self, n: int, source: Propose) -> Iterator[Codes]:
+        """Up to n new rows of a source, marked as seen, as they are found."""
         for _ in range(_ROUNDS):
-            if source is None or n <= 0 or len(self) >= self.space.size:
-                break
-            found = self.new(source(n))[:n]
-            self.add(found)
-            parts.append(found)
-            n -= len(found)
-        return np.concatenate(parts)
+            if n <= 0 or len(self) >= self.space.size:
+                return
+            codes = source(n)
+            new = self._new(codes)
+            keys, rows = list(new)[:n], list(new.values())[:n]
+            if rows:
+                self._keys.update(keys)
+                self._rows.append(codes[rows])
+                n -= len(rows)
+                yield self._rows[-1].copy()
 
     def _left(self) -> Codes:
         """Every unseen row, in the order of the space; none where the space is too large to list.

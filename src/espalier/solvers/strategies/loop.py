@@ -52,7 +52,12 @@ class EvolutionLoop(Strategy):
         first = n  # while nothing was told, there are no parents
         if self.members is not None:
             first = min(n, self.init.left(self.size, self._asked, self.members))
-        codes = np.concatenate([self._first(first), self._children(n - first)])
+        if first == n:
+            codes = self._first(n)
+        elif first == 0:
+            codes = self._children(n)
+        else:
+            codes = np.concatenate([self._first(first), self._children(n - first)])
         self._asked += len(codes)
         return codes
 
@@ -69,8 +74,6 @@ class EvolutionLoop(Strategy):
             children = self.vary(self.space, members, self.select, k + k // 2 + 1, self.rng)
             return self.space.canonical(children)
 
-        if n <= 0 or members is None:
-            return np.zeros((0, len(self.space)), dtype=self.space.dtype)
         return self._seen.fresh(n, self.rng, propose)
 
     def tell(self, codes: Codes, values: Array, violations: Array) -> None:
@@ -78,12 +81,13 @@ class EvolutionLoop(Strategy):
         if len(codes) == 0:
             return
         told = Population.told(codes, values, violations)
-        known = [] if self.members is None else self.space.keys(self.members.codes).tolist()
-        keys = self.space.keys(told.codes).tolist()
-        rows = [i for i, k in enumerate(keys) if k not in known and k not in keys[:i]]
-        told = told.take(np.array(rows, dtype=np.int64))
         self._seen.add(told.codes)
         joined = told if self.members is None else self.members.join(told)
+        first: dict[Any, int] = {}
+        for i, key in enumerate(self.space.keys(joined.codes).tolist()):
+            first.setdefault(key, i)
+        if len(first) < len(joined):
+            joined = joined.take(np.array(list(first.values()), dtype=np.int64))
         size = self.size or _DEFAULT_POPULATION
         self.members = joined.take(self.survive(joined, size))
 

@@ -34,9 +34,11 @@ class Population:
     def told(cls, codes: Codes, values: Array, violations: Array) -> Population:
         """Rows as `Strategy.tell` gets them."""
         values = np.asarray(values, dtype=float).reshape(len(codes), -1)
-        broken = np.nan_to_num(np.asarray(violations, dtype=float), nan=np.inf, posinf=np.inf)
-        failed = np.isnan(values).any(axis=1) & (broken <= 0)
-        return cls(np.asarray(codes), values, np.where(failed, np.inf, np.maximum(broken, 0.0)))
+        broken = np.asarray(violations, dtype=float)
+        unknown = np.isnan(values).any(axis=1)
+        # a NaN violation is unknown too; and comparing with it is false
+        lost = np.isnan(broken) | (unknown & (broken <= 0))
+        return cls(np.asarray(codes), values, np.where(lost, np.inf, np.maximum(broken, 0.0)))
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -66,6 +68,9 @@ class Population:
 
         With one objective this is the order of its values. Equal rows stay in order of age.
         """
+        if self.values.shape[1] == 1:
+            values = np.where(self.violations > 0, 0.0, self.values[:, 0])
+            return np.lexsort((values, self.violations))
         rank = ranks(self.values, self.violations)
         crowd = np.zeros(len(self))
         for level in np.unique(rank[self.kept]):

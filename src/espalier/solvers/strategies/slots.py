@@ -195,6 +195,8 @@ class Youngest(Survive):
 
     def __call__(self, population: Population, size: int) -> Index:
         """The last `size` kept rows; then the least broken."""
+        if population.kept.all():
+            return np.arange(len(population))[-size:]
         kept = np.flatnonzero(population.kept)[-size:]
         broken = np.flatnonzero(~population.kept)
         order = np.lexsort((-broken, population.violations[broken]))
