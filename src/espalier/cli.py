@@ -1,4 +1,4 @@
-"""The command line: `espalier search | measure | report | dashboard | recipe`."""
+"""The command line: `espalier search | bench | measure | report | dashboard | recipe`."""
 
 from __future__ import annotations
 
@@ -216,6 +216,122 @@ def _shown(reading: dict[str, Any] | None) -> str:
         return "-"
     value = reading["value"]
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+@app.command()
+def bench(
+    table: Annotated[
+        str,
+        typer.Option(
+            help="A table by name: digits ships with Espalier; nb201, nb_macro, nb_graph, hw_gpt "
+            "are read from ESPALIER_DATA. Options follow a colon: nb201:dataset=cifar100."
+        ),
+    ] = "digits",
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="Strategies with commas between, options after a colon: "
+            "random,evolution:population=30,sample=10,guided. Random search always takes part."
+        ),
+    ] = "random,evolution,guided",
+    queries: Annotated[
+        int, typer.Option(min=1, help="Candidates that every run may ask the table for.")
+    ] = 100,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of every strategy; fewer than 6 can prove nothing.")
+    ] = 20,
+    objectives: Annotated[
+        str,
+        typer.Option(
+            help="Metrics of the table with commas between, like val_acc,lat_pixel3_1; by default "
+            "the one that the table chooses by. Two or more are judged by hypervolume."
+        ),
+    ] = "",
+    max_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max",
+            help="An upper limit on a metric of the table, NAME=VALUE, as often as needed: "
+            "params=500k, lat_pixel3_1=10, or a share of the largest: params=40%.",
+        ),
+    ] = None,
+    estimators: Annotated[
+        str,
+        typer.Option(
+            help="Metrics of the table to judge as estimators of its test results, like "
+            "params,macs: Kendall's tau, precision and best rank at k, bias."
+        ),
+    ] = "",
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Simulated workers in virtual time; 0: one query after another."),
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Candidates asked at a time.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes, one thread each; they change no result.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the race; by default runs/bench-TABLE. It can be gone on with."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Race search strategies on a table of trained networks: many seeds, equal budgets.
+
+    What is best so far is chosen by validation and reported on test. The page says who is better
+    than random search, who is not, and what bounds them all. Stopped, the same command goes on.
+
+    Example: `espalier bench --table nb201:dataset=cifar100 --strategies random,evolution,guided
+    --queries 300 --seeds 100 --jobs 2 --out runs/bench`
+    """
+    hint = " Go on with the same command." if out else ""
+    with _one_line_errors(hint):
+        from espalier.bench.command import bench as run
+
+        result, files = run(
+            table,
+            strategies,
+            queries,
+            seeds,
+            objectives=_names(objectives),
+            within=_limits(max_ or []),
+            workers=workers,
+            batch=batch,
+            jobs=jobs,
+            estimators=_names(estimators),
+            out=out,
+            quiet=quiet or as_json,
+        )
+        if as_json:
+            print(json.dumps(result))
+        else:
+            _print_race(result, files["html"])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _print_race(result: dict[str, Any], page: Path) -> None:
+    from rich.table import Table
+
+    from espalier.bench.page import headline, title
+    from espalier.bench.sheets import ranks
+
+    console = Console()
+    sheet = ranks(result)
+    table = Table(title=title(result), title_justify="left")
+    for i, head in enumerate(sheet.heads):
+        table.add_column(head, justify="right" if i else "left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in [headline(result) + ".", *result["verdicts"], *result["notes"]]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

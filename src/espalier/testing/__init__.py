@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from espalier.testing.search import check_search as check_search
     from espalier.testing.space import check_space as check_space
     from espalier.testing.strategy import check_strategy as check_strategy
+    from espalier.testing.table import check_table as check_table
     from espalier.testing.task import check_task as check_task
 
 _SUITES = (
@@ -25,6 +26,7 @@ _SUITES = (
     "search",
     "space",
     "strategy",
+    "table",
     "task",
 )
 __all__ = [f"check_{suite}" for suite in _SUITES]
