@@ -61,9 +61,9 @@ class Bins:
                 at = whole if decision.count == size else ((whole + 1) * size - 1) // decision.count
             elif decision.log:
                 share = np.log(column / decision.low) / math.log(decision.high / decision.low)
-                at = np.floor(share * size).astype(np.int64)
+                at = np.minimum(np.floor(share * size), size - 1)
             else:
                 share = (column - decision.low) / (decision.high - decision.low)
-                at = np.floor(share * size).astype(np.int64)
-            choices[:, j] = np.clip(at, 0, size - 1)
+                at = np.minimum(np.floor(share * size), size - 1)
+            choices[:, j] = at
         return choices[:, self.turns.order], self.space.active(codes)[:, self.turns.order]

@@ -62,11 +62,14 @@ class Controller:
         token = np.zeros(n, dtype=np.int64)
         state = np.zeros((n, w_state.shape[1]), dtype=np.float32)
         memory = np.zeros_like(state)
+        take, keep, new, show = (
+            slice(q * state.shape[1], (q + 1) * state.shape[1]) for q in range(4)
+        )
         for turn, j in enumerate(bins.turns.order):
             gates = embedding[token] @ w_in.T + state @ w_state.T + (b_in + b_state)
-            take, keep, new, show = np.split(gates, 4, axis=1)
-            memory = _sigmoid(keep) * memory + _sigmoid(take) * np.tanh(new)
-            state = _sigmoid(show) * np.tanh(memory)
+            open_ = _sigmoid(gates)  # of the third quarter this is of no use, and cheaper than not
+            memory = open_[:, keep] * memory + open_[:, take] * np.tanh(gates[:, new])
+            state = open_[:, show] * np.tanh(memory)
             odds = state @ heads[turn] + bias[turn] + self._absent[turn]
             choice = (odds + noise[turn]).argmax(axis=1)
             codes[:, j] = bins.codes(j, choice, rng)

@@ -55,8 +55,7 @@ class MCTS(Strategy):
         self._seen = Seen(space)
         self._told: Population | None = None
         self._waiting = self._empty()  # asked and not told
-        self._known = self._empty()  # what was told, then what is waited for,
-        self._taken = self.moves.of(self._known)  # and their moves
+        self._made = [self.moves.of(self._waiting)] * 2  # the moves of told and of waiting rows
 
     def ask(self, n: int) -> Codes:
         """The next n candidates as codes; fewer when the space has no others."""
@@ -65,7 +64,7 @@ class MCTS(Strategy):
             reward = merit(self._told, weights(self._told.values.shape[1], self.rng))
         codes = self._seen.fresh(n, self.rng, _Descents(self, reward).rows)
         self._waiting = np.concatenate([self._waiting, codes])
-        self._remember()
+        self._made[1] = np.concatenate([self._made[1], self.moves.of(codes)])
         return codes
 
     def tell(self, codes: Codes, values: Array, violations: Array) -> None:
@@ -79,15 +78,11 @@ class MCTS(Strategy):
         told = told.take(np.array(new, dtype=np.int64))
         self._seen.add(told.codes)
         self._told = told if self._told is None else self._told.join(told)
-        waits = [k not in keys for k in self.space.keys(self._waiting).tolist()]
-        self._waiting = self._waiting[np.array(waits, dtype=np.bool_)]
-        self._remember()
-
-    def _remember(self) -> None:
-        """What was told, what is waited for, and their moves, side by side."""
-        told = self._empty() if self._told is None else self._told.codes
-        self._known = np.concatenate([told, self._waiting])
-        self._taken = self.moves.of(self._known)
+        self._made[0] = np.concatenate([self._made[0], self.moves.of(told.codes)])
+        gone = set(keys)
+        waits = [k not in gone for k in self.space.keys(self._waiting).tolist()]
+        rows = np.flatnonzero(waits)
+        self._waiting, self._made[1] = self._waiting[rows], self._made[1][rows]
 
     def _empty(self) -> Codes:
         return np.zeros((0, len(self.space)), dtype=self.space.dtype)
@@ -108,7 +103,8 @@ class MCTS(Strategy):
         told = state["told"]
         self._told = None if told is None else Population.from_json(told)
         self._waiting = unpack(state["waiting"])
-        self._remember()
+        known = self._empty() if self._told is None else self._told.codes
+        self._made = [self.moves.of(known), self.moves.of(self._waiting)]
         self._seen = Seen.from_json(self.space, state["seen"])
         self.rng.bit_generator.state = state["rng"]
 
@@ -119,12 +115,12 @@ class _Descents:
     def __init__(self, strategy: MCTS, reward: Array) -> None:
         self.space, self.moves, self.rng = strategy.space, strategy.moves, strategy.rng
         self.explore = strategy.explore
-        self.known, self.taken = strategy._known, strategy._taken
-        self.told = len(reward)
-        self.reward = np.zeros(len(self.taken))  # 0 for what is waited for: a virtual loss
-        self.reward[: self.told] = reward
+        self.told = strategy._told
+        self.taken = np.concatenate(strategy._made)
+        # 0 for what is waited for: a virtual loss
+        self.reward = np.concatenate([reward, np.zeros(len(self.taken) - len(reward))])
         self.likely: Array | None = None
-        if strategy.rollout == "average" and self.told:
+        if strategy.rollout == "average" and self.told is not None:
             likely = np.cumsum(np.exp(_GREED * (reward - 1.0)))
             self.likely = likely / likely[-1]
 
@@ -189,10 +185,13 @@ class _Descents:
 
     def _spot(self, j: int, low: float, high: float, follow: int, free: float) -> float:
         """A place in the interval: that of the row to follow where it is in there, else any."""
-        if follow >= 0 and self.taken[follow, self.moves.levels[j][0]] >= 0:
-            spot = float(self.moves.spot(j, self.known[follow, j : j + 1])[0])
+        if self.told is not None and follow >= 0 and self._active(follow, j):
+            spot = float(self.moves.spot(j, self.told.codes[follow, j : j + 1])[0])
             if self.moves.fine(j):  # near it: two rows hardly ever share a real number
                 spot = (math.floor(spot * self.moves.fine(j)) + free) / self.moves.fine(j)
             if low <= spot < high:
                 return spot
         return low + (high - low) * free
+
+    def _active(self, row: int, j: int) -> bool:
+        return bool(self.taken[row, self.moves.levels[j][0]] >= 0)
