@@ -1,7 +1,8 @@
-"""Estimators: how good candidates are, by training them or by shared weights."""
+"""Estimators: how good candidates are, by training them, by shared weights or by neither."""
 
 from espalier.estimators.estimator import Estimator
 from espalier.estimators.one_shot import OneShot
 from espalier.estimators.trained import Trained
+from espalier.estimators.zero_cost import ZeroCost
 
-__all__ = ["Estimator", "OneShot", "Trained"]
+__all__ = ["Estimator", "OneShot", "Trained", "ZeroCost"]
