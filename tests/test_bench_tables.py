@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from espalier.bench import tables
+from espalier.bench.surrogate import Surrogate, fit
 from espalier.bench.table import Table
+from espalier.bench.tables import hw_gpt_space, nb_graph_trees
 from espalier.errors import DataError, EspalierError
-from espalier.problem import Metric
+from espalier.problem import Limit, Metric, Problem
+from espalier.solvers.strategies import Random
 from espalier.space import Space, choice, integer, real
+from espalier.study import Serial, Study
 from espalier.testing import check_cost, check_estimator
 from espalier.testing.table import check_table
 
@@ -194,3 +198,166 @@ def test_nb201_features_know_the_costs(real_data: Path) -> None:
     assert np.isfinite(features).all()
     assert np.linalg.matrix_rank(features[:2000]) > 50
     assert table is tables.load("nb201:dataset=cifar10")
+
+
+@pytest.mark.data
+def test_latencies_of_a_table_limit_a_study(real_data: Path, tmp_path: Path) -> None:
+    table = tables.load("nb201:dataset=cifar100")
+    cost = table.cost("lat_pixel3")
+    bound = float(np.median(table.columns["lat_pixel3"]))
+    problem = Problem(table.estimator().metrics, (Limit("lat_pixel3", bound),))
+    estimator = table.estimator()
+    with Study.create(tmp_path / "study", {"space": table.space.fingerprint}, {}, 0) as study:
+        trials = study.search(
+            "search", problem, Random(table.space, 0), Looked(estimator), trials=12, batch=4,
+            executor=Serial(), price=cost.estimate_codes,
+        )  # fmt: skip
+    assert len(trials) == 12
+    for trial in trials:
+        (row,) = table.rows(table.space.encode([trial.candidate]))
+        assert trial.metrics["val_acc"].value == table.columns["val_acc"][row]
+        assert trial.metrics["lat_pixel3"].value == table.columns["lat_pixel3"][row] <= bound
+
+
+class Looked:
+    """Evaluates one candidate by an estimator, as a study's worker does."""
+
+    def __init__(self, estimator: object) -> None:
+        self.estimator = estimator
+
+    def __call__(self, candidate: object) -> dict[str, object]:
+        return self.estimator.estimate([candidate]).readings()[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.data
+def test_nb_macro_chooses_by_one_training_and_reports_others(real_data: Path) -> None:
+    table = tables.load("nb_macro")
+    check_table(table)
+    assert len(table) == table.space.size == 6_561
+    runs = np.stack([table.columns[f"acc_{i}"] for i in (1, 2, 3)])
+    assert runs.mean(axis=0).max() == pytest.approx(93.127, abs=0.0005)  # the published best mean
+    assert (table.columns["val_acc"] == runs[0]).all()
+    assert table.columns["test_acc"] == pytest.approx(runs[1:].mean(axis=0))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("graph", "measured"), [("cora", 26_206), ("proteins", 2_021)])
+def test_nb_graph_has_one_measured_architecture_of_each_kind(
+    graph: str, measured: int, real_data: Path
+) -> None:
+    table = tables.load(f"nb_graph:graph={graph}")
+    check_table(table)
+    kinds = nb_graph_trees.kinds(table.space, table.codes)
+    assert len(np.unique(kinds)) == measured
+    assert len(table) == table.space.enumerate().shape[0]
+    # rows of a kind have one number, and there are more rows than kinds
+    order = np.argsort(kinds, kind="stable")
+    same = np.diff(kinds[order]) == 0
+    assert same.sum() == len(table) - measured
+    for column in table.columns.values():
+        assert (np.diff(column[order])[same] == 0).all()
+
+
+def test_graph_networks_that_compute_the_same_are_of_one_kind() -> None:
+    def of(link: str, *operators: str) -> dict[str, str]:
+        return {"link": link, **{f"op{i}": name for i, name in enumerate(operators)}}
+
+    groups = [
+        # brothers in another order
+        [of("0011", "gcn", "gat", "gin", "fc"), of("0011", "gcn", "gat", "fc", "gin")],
+        # two branches in another order
+        [of("0012", "gcn", "gat", "gin", "fc"), of("0012", "gat", "gcn", "fc", "gin")],
+        # a skip that is read does nothing, wherever it stands
+        [of("0123", "skip", "gcn", "gat", "gin"), of("0123", "gcn", "skip", "gat", "gin"),
+         of("0123", "gcn", "gat", "gin", "skip")],
+        [of("0122", "gcn", "gat", "skip", "gin")],  # here it hands the middle to the output
+    ]  # fmt: skip
+    found = [
+        set(nb_graph_trees.kinds(nb_graph_trees.SPACE, nb_graph_trees.SPACE.encode(group)).tolist())
+        for group in groups
+    ]
+    assert [len(kinds) for kinds in found] == [1, 1, 1, 1]
+    assert len(set.union(*found)) == 4
+    graphs = nb_graph_trees.graphs(nb_graph_trees.SPACE.encode([groups[3][0], groups[2][1]]))
+    names = [[graphs.vocabulary[i] for i in row] for row in graphs.operators]
+    assert names[0] == ["input", "gcn", "gat", "skip", "gin", "output"]
+    assert np.argwhere(graphs.adjacency[0]).tolist() == [
+        [0, 1], [1, 2], [2, 3], [2, 4], [3, 5], [4, 5]
+    ]  # fmt: skip
+    assert names[1] == ["input", "skip", "gcn", "gat", "gin", "output"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["fbnet_latency", "ofa_latency"])
+def test_latency_tables_are_costs_that_their_codes_explain(name: str, real_data: Path) -> None:
+    table = tables.load(name)
+    assert len(table) == 5_000
+    assert (table.find(table.codes) == np.arange(5_000)).all()
+    check_cost(table.cost(*list(table.columns)[:2]), table.space.decode(table.codes[:4]))
+    assert table.encode is not None
+    x = table.encode(table.codes)
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    y = table.columns["lat_raspi4" if name == "fbnet_latency" else "lat_v100_64"]
+    weights = np.linalg.lstsq(x[:4000], y[:4000], rcond=None)[0]
+    # were columns read in a wrong order, no linear model would predict held-out rows
+    assert np.corrcoef(x[4000:] @ weights, y[4000:])[0, 1] > 0.99
+
+
+# --- surrogates ------------------------------------------------------------------------------
+
+
+def plain(codes: np.ndarray) -> np.ndarray:
+    return np.asarray(codes, dtype=float)
+
+
+def law(codes: np.ndarray) -> np.ndarray:
+    return np.exp(0.01 * plain(codes) @ np.arange(12) / 12)
+
+
+def test_a_surrogate_answers_for_every_candidate_and_states_its_error() -> None:
+    rng = np.random.default_rng(0)
+    codes = WIDE.sample(400, rng)
+    values = {"exact": law(codes), "noise": np.exp(rng.normal(size=400))}
+    values["exact"][:50] = np.nan
+    models, held_out = fit(plain, codes, values)
+    assert held_out["exact"].r2 > 0.999
+    assert held_out["noise"].r2 < 0.1
+    assert held_out["noise"].rows == 80
+    assert held_out["exact"].rows < 80
+    others = WIDE.sample(50, rng)
+    assert models["exact"](others) == pytest.approx(law(others), rel=1e-2)
+    about = {name: Metric(name, "ms", "min", "predicted") for name in values}
+    table = Surrogate("made", WIDE, codes, values, about, "noise", "noise", "", models=models)
+    both = np.concatenate([codes[:60], others])
+    told = table.metrics(("exact", "noise"), both)
+    assert told["noise"][:60].tolist() == values["noise"][:60].tolist()
+    assert told["exact"][50:60].tolist() == values["exact"][50:60].tolist()
+    assert told["exact"] == pytest.approx(law(both), rel=1e-2)
+    assert (table.find(others) == -1).all()
+    check_cost(table.cost("exact", "noise"), WIDE.decode(both[45:65]))
+    with pytest.raises(DataError, match="every column needs a model"):
+        Surrogate("made", WIDE, codes, values, about, "noise", "noise", "")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("scale", "rows"), [("s", 10_000), ("m", 5_245)])
+def test_hw_gpt_predicts_what_was_not_measured(scale: str, rows: int, real_data: Path) -> None:
+    table = tables.load(f"hw_gpt:scale={scale}")
+    assert isinstance(table, Surrogate)
+    check_table(table)
+    assert len(table) == rows
+    assert sum(name.startswith("lat_") for name in table.columns) == 14
+    # counts are exact for every row, by a formula of our own
+    for name, counted in zip(
+        ("params", "macs"), hw_gpt_space.counts(scale, table.codes), strict=True
+    ):
+        assert (counted == table.columns[name]).all()
+    quality = table.held_out["perplexity"]
+    assert quality.spearman > 0.999
+    assert quality.error < 0.002
+    assert min(e.spearman for n, e in table.held_out.items() if n.startswith("lat_")) > 0.92
+    new = table.space.sample(200, np.random.default_rng(0))
+    told = table.metrics(("perplexity", "lat_a100"), new)
+    low, high = table.columns["perplexity"].min(), table.columns["perplexity"].max()
+    assert ((told["perplexity"] > 0.95 * low) & (told["perplexity"] < 1.05 * high)).all()
+    assert (told["lat_a100"] > 0).all()

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from espalier import costs
+from espalier import costs, nets
 from espalier.bench import tables
+from espalier.bench.tables import nb_macro
 from espalier.errors import SpaceError
+from espalier.nets.macro import NBMacro
 from espalier.nets.nb201 import EDGES, NB201, OPERATORS, SPACE
 from espalier.testing import check_family
 
@@ -96,3 +98,66 @@ def test_a_wrong_size_is_refused() -> None:
         NB201(cells=0)
     with pytest.raises(SpaceError, match="shape"):
         NB201((3, 32))
+
+
+# --- NAS-Bench-Macro -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 9, 7)], ids=str)
+def test_nb_macro_conforms(shape: tuple[int, ...]) -> None:
+    check_family(NBMacro(shape, 7), seed=3)
+
+
+@pytest.mark.data
+def test_nb_macro_networks_have_the_parameters_and_macs_of_the_table(real_data: object) -> None:
+    table = tables.load("nb_macro")
+    family = NBMacro()
+    rows = np.random.default_rng(0).choice(len(table), 60, replace=False)
+    for at, candidate in zip(rows, table.space.decode(table.codes[rows]), strict=True):
+        found = costs.count(family.build(candidate), family.example())
+        assert found.params == table.columns["params"][at]
+        assert found.macs == table.columns["macs"][at]
+    # and by the formula that the features use, all of them
+    params, macs = nb_macro.sizes_of(table.codes)
+    assert (params == table.columns["params"]).all()
+    assert (macs == table.columns["macs"]).all()
+
+
+def test_nb_macro_halves_the_image_at_the_start_of_each_stage() -> None:
+    family = NBMacro()
+    kinds = ("mb3_k3", "identity", "identity", "mb6_k5", "identity", "mb6_k5", "mb3_k3", "identity")
+    chosen = {f"layer{i}": kind for i, kind in enumerate(kinds)}
+    network = family.build(family.space.candidate(chosen)).eval()
+    seen = {}
+    for name, layer in network.named_modules():
+        layer.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o.shape[1:]))
+    with torch.no_grad():
+        network(family.example())
+    assert seen["stem.relu"] == (32, 32, 32)
+    assert seen["layer0.filter.conv"] == (96, 16, 16)
+    assert seen["layer0.project.norm"] == (64, 16, 16)
+    assert seen["layer2.norm"] == (128, 8, 8)  # a convolution where identity can't be
+    assert seen["layer3.filter.conv"] == (768, 8, 8)
+    assert seen["layer5.project.norm"] == (256, 4, 4)
+    assert not any(name.startswith(("layer1", "layer4", "layer7")) for name in seen)
+
+
+def test_nb_macro_graphs_are_chains() -> None:
+    family = NBMacro()
+    codes = np.zeros((1, 8), dtype=family.space.dtype)
+    codes[0, 3] = 2
+    found = family.graphs(codes)
+    names = [found.vocabulary[i] for i in found.operators[0]]
+    assert names == ["input", "stem", "reduce", "identity", "reduce", "mb6_k5", "identity",
+                     "reduce", "identity", "identity", "output"]  # fmt: skip
+    assert np.argwhere(found.adjacency[0]).tolist() == [[i, i + 1] for i in range(10)]
+
+
+def test_both_are_found_by_name() -> None:
+    assert set(nets.BENCHMARKS) == {"nb201", "nb_macro"}
+    assert not set(nets.BENCHMARKS) & set(nets.FAMILIES)
+    made = nets.make("nb201", (3, 16, 16), 10, cells=1)
+    assert isinstance(made, nets.NB201)
+    assert isinstance(nets.make("nb_macro", (3, 16, 16), 10), nets.NBMacro)
+    with pytest.raises(SpaceError, match="Did you mean 'nb201'"):
+        nets.make("nb_201", (3, 16, 16), 10)

@@ -1,6 +1,7 @@
 """Families of networks: a space, and a network for each of its candidates.
 
-`MobileNet` and `ResNet` are shipped, and `make("mobilenet", shape, classes)` gives one by name.
+`MobileNet` and `ResNet` are shipped, and `make("mobilenet", shape, classes)` gives one by name; so
+are `NB201` and `NBMacro`, the networks of two tabular benchmarks (`make("nb201", shape, classes)`).
 There are two ways to make your own. Both are checked by `espalier.testing.family.check_family`.
 
 The first way: declare a space and write `build`, which returns any plain `nn.Module`.
@@ -70,20 +71,35 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.nets import elastic
 from espalier.nets.family import Family
-from espalier.nets.registry import FAMILIES, make
+from espalier.nets.registry import BENCHMARKS, FAMILIES, make
 from espalier.nets.supernet import Supernet
 from espalier.nets.units import Unit
 
 if TYPE_CHECKING:
+    from espalier.nets.macro import NBMacro as NBMacro
     from espalier.nets.mobilenet import MobileNet as MobileNet
+    from espalier.nets.nb201 import NB201 as NB201
     from espalier.nets.resnet import ResNet as ResNet
 
-_LAZY = {"MobileNet": "mobilenet", "ResNet": "resnet"}
+_LAZY = {"MobileNet": "mobilenet", "NB201": "nb201", "NBMacro": "nb_macro", "ResNet": "resnet"}
 
-__all__ = ["FAMILIES", "Family", "MobileNet", "ResNet", "Supernet", "Unit", "elastic", "make"]
+__all__ = [
+    "BENCHMARKS",
+    "FAMILIES",
+    "NB201",
+    "Family",
+    "MobileNet",
+    "NBMacro",
+    "ResNet",
+    "Supernet",
+    "Unit",
+    "elastic",
+    "make",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return FAMILIES[_LAZY[name]]
+        found = _LAZY[name]
+        return FAMILIES[found] if found in FAMILIES else BENCHMARKS[found]
     raise AttributeError(f"module 'espalier.nets' has no attribute {name!r}")

@@ -40,6 +40,13 @@ FAMILIES: Mapping[str, type[Family]] = _Families(
         "resnet": "espalier.nets.resnet:ResNet",
     }
 )
+# the networks of tabular benchmarks: for a search in their tables, so they share no weights
+BENCHMARKS: Mapping[str, type[Family]] = _Families(
+    {
+        "nb201": "espalier.nets.nb201:NB201",
+        "nb_macro": "espalier.nets.macro:NBMacro",
+    }
+)
 
 
 def make(name: str, shape: Sequence[int], classes: int, **options: Any) -> Family:
@@ -47,9 +54,9 @@ def make(name: str, shape: Sequence[int], classes: int, **options: Any) -> Famil
 
     Errors: `SpaceError` for an unknown family or option; `DataError` for a wrong shape.
     """
-    if name not in FAMILIES:
-        raise SpaceError(unknown("family", name, FAMILIES))
-    family = FAMILIES[name]
+    if name not in FAMILIES and name not in BENCHMARKS:
+        raise SpaceError(unknown("family", name, [*FAMILIES, *BENCHMARKS]))
+    family = FAMILIES[name] if name in FAMILIES else BENCHMARKS[name]
     known = [p for p in inspect.signature(family).parameters if p not in ("shape", "classes")]
     for option in options:
         if option not in known:
