@@ -131,7 +131,7 @@ def test_fisher_is_taken_channel_by_channel(make):
             continue
         for channel in range(out.shape[1]):
             product = (out * out.grad)[:, channel].reshape(len(X), -1).sum(1)
-            expected += float(product.square().mean()) / 2 * layer.weight[0].numel()
+            expected += float(product.detach().square().mean()) / 2 * layer.weight[0].numel()
     assert scores(make(), X, Y, ("fisher",))["fisher"] == pytest.approx(expected, rel=1e-4)
 
 

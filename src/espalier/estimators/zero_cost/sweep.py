@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from espalier.errors import EspalierError
 from espalier.estimators.zero_cost.borrow import borrowed, weighted
@@ -70,7 +71,9 @@ def sweep(
                 f"{x.dtype} here: leave them out of the measures"
             )
         x.requires_grad_()
-    with borrowed(network, weights), torch.enable_grad(), Quick():
+    # fused attention has no second derivative
+    plain = sdpa_kernel(SDPBackend.MATH) if CURVATURE in needs else nullcontext()
+    with borrowed(network, weights), torch.enable_grad(), plain, Quick():
         watch = _Watch()
         with watch.listening(layers if FISHER in needs else []):
             outputs = network(x)
@@ -78,8 +81,7 @@ def sweep(
         if CODES in needs:
             out.codes = codes(outputs, len(x))
         if JACOBIAN in needs:
-            made = torch.autograd.grad(outputs.sum(), x, retain_graph=True, allow_unused=True)[0]
-            out.jacobian = (torch.zeros_like(x) if made is None else made).flatten(1)
+            out.jacobian = gradients(outputs.sum(), [x], retain=True)[0].flatten(1)
         if needs & {GRADIENTS, FISHER, CURVATURE}:
             watch.on = True
             found = gradients(loss(outputs, labels), weights, create=CURVATURE in needs)

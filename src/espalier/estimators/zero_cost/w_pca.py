@@ -52,7 +52,7 @@ def principal(values: Tensor, share: float) -> int:
     """How many principal components hold `share` of the variance of rows `(n, d)`; 0 for none."""
     centred = values - values.mean(0)
     small = centred.T @ centred if len(values) >= values.shape[1] else centred @ centred.T
-    powers = torch.linalg.eigvalsh(small.double()).clamp_min(0).flip(0)
+    powers = torch.linalg.eigvalsh(small).clamp_min(0).flip(0)
     total = powers.sum()
     if total <= 0:
         return 0
