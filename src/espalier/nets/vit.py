@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from espalier.errors import SpaceError
-from espalier.nets.plain import traced
 from espalier.nets.family import Family
+from espalier.nets.plain import traced
 from espalier.nets.transformer import Body, whole_heads
 from espalier.space import Candidate, Space, choice, ordinal
 
