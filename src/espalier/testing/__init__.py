@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from espalier.testing.estimator import check_estimator as check_estimator
     from espalier.testing.executor import check_executor as check_executor
     from espalier.testing.family import check_family as check_family
+    from espalier.testing.fidelity import check_fidelity as check_fidelity
     from espalier.testing.ledger import check_ledger as check_ledger
     from espalier.testing.search import check_search as check_search
     from espalier.testing.space import check_space as check_space
@@ -22,6 +23,7 @@ _SUITES = (
     "estimator",
     "executor",
     "family",
+    "fidelity",
     "ledger",
     "search",
     "space",

@@ -14,24 +14,38 @@ from espalier.solvers.strategies.strategy import Strategy
 from espalier.space import Space
 
 if TYPE_CHECKING:
+    from espalier.solvers.strategies.asha import ASHA
+    from espalier.solvers.strategies.bohb import BOHB
+    from espalier.solvers.strategies.cma_es import CMAES
     from espalier.solvers.strategies.eeea import EEEA
     from espalier.solvers.strategies.evolution import Evolution
     from espalier.solvers.strategies.grid import Grid
+    from espalier.solvers.strategies.guided import Guided
+    from espalier.solvers.strategies.halving import Hyperband, SuccessiveHalving
     from espalier.solvers.strategies.local import LocalSearch
     from espalier.solvers.strategies.mcts import MCTS
     from espalier.solvers.strategies.nsga2 import NSGA2
+    from espalier.solvers.strategies.optuna import GP, TPE
     from espalier.solvers.strategies.random import Random
     from espalier.solvers.strategies.reinforce import Reinforce
 
 _CLASSES = {
+    "ASHA": "asha",
+    "BOHB": "bohb",
+    "CMAES": "cma_es",
     "EEEA": "eeea",
     "Evolution": "evolution",
+    "GP": "optuna",
     "Grid": "grid",
+    "Guided": "guided",
+    "Hyperband": "halving",
     "LocalSearch": "local",
     "MCTS": "mcts",
     "NSGA2": "nsga2",
     "Random": "random",
     "Reinforce": "reinforce",
+    "SuccessiveHalving": "halving",
+    "TPE": "optuna",
 }
 STRATEGIES: dict[str, str] = {
     "random": "Random",
@@ -42,6 +56,14 @@ STRATEGIES: dict[str, str] = {
     "eeea": "EEEA",
     "reinforce": "Reinforce",
     "mcts": "MCTS",
+    "tpe": "TPE",
+    "gp": "GP",
+    "cmaes": "CMAES",
+    "halving": "SuccessiveHalving",
+    "hyperband": "Hyperband",
+    "asha": "ASHA",
+    "bohb": "BOHB",
+    "guided": "Guided",
 }
 
 
@@ -63,15 +85,23 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ASHA",
+    "BOHB",
+    "CMAES",
     "EEEA",
+    "GP",
     "MCTS",
     "NSGA2",
     "STRATEGIES",
+    "TPE",
     "Evolution",
     "Grid",
+    "Guided",
+    "Hyperband",
     "LocalSearch",
     "Random",
     "Reinforce",
     "Strategy",
+    "SuccessiveHalving",
     "make",
 ]
