@@ -111,7 +111,7 @@ def _even(k: int, width: float) -> Array:
     width = min(width, (k - 1) / k)
     out = np.full((k, k), width / max(k - 1, 1))
     np.fill_diagonal(out, 1 - width)
-    return np.maximum(out, 1e-12)
+    return np.asarray(np.maximum(out, 1e-12))
 
 
 def _normal(k: int, width: float) -> Array:
