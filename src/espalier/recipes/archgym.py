@@ -72,6 +72,9 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
         if environment is hardware:
             logged = rows
     proxy = proxied(hardware, np.array(sorted(logged)), seed)
+    level = {n: bool(x["within_noise"]) for n, x in lotteries.items()}
+    close = all(x <= _RMSE for x in proxy["rmse"].values())
+    fast = proxy["speedup"] >= _FASTER
     return {
         "draws": draws,
         "samples": samples,
@@ -79,15 +82,16 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
         "proxy": proxy,
         "check": {
             "draws": draws,
-            "best_draws_within_noise": {n: x["within_noise"] for n, x in lotteries.items()},
+            "best_draws_within_noise": level,
             "spread_over_draws": {
                 n: {a: r["upper"] - r["lower"] for a, r in x["agents"].items()}
                 for n, x in lotteries.items()
             },
-            "proxy_rmse": {m: proxy["rmse"][m] for m in proxy["rmse"]},
-            "proxy_within_2_percent": all(x <= _RMSE for x in proxy["rmse"].values()),
+            "proxy_rmse": dict(proxy["rmse"]),
+            "proxy_within_2_percent": close,
             "proxy_speedup": proxy["speedup"],
-            "proxy_100_times_faster": proxy["speedup"] >= _FASTER,
+            "proxy_100_times_faster": fast,
+            "holds": all(level.values()) and close and fast,
         },
     }
 

@@ -50,6 +50,8 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     strategies = _strategies(name, queries, seeds, seed)
     tricks = _tricks(task, epochs, range(seed * 1000, seed * 1000 + trainings))
     gains = tricks["gain"]
+    reported = all(row["random_networks"] >= _ARCHITECTURES for row in strategies.values())
+    most = max(gains["tricks"]["low"], gains["tricks and longer"]["low"])
     return {
         "table": name,
         "task": task,
@@ -57,16 +59,14 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
         "strategies": strategies,
         "tricks": tricks,
         "check": {
-            "every_strategy_reported": all(
-                {"mean", "low", "high"} <= set(row) for row in strategies.values()
-            ),
+            "improvement_percent": {s: row["mean"] for s, row in strategies.items()},
+            "every_strategy_reported": reported,
             "search_gain_points": gains["search"]["mean"],
             "tricks_gain_points": gains["tricks"]["mean"],
-            "longer_gain_points": gains["tricks and longer"]["mean"],
-            "tricks_beat_search": gains["tricks"]["low"] > gains["search"]["high"],
-            "tricks_and_longer_beat_search": (
-                gains["tricks and longer"]["low"] > gains["search"]["high"]
-            ),
+            "tricks_and_longer_gain_points": gains["tricks and longer"]["mean"],
+            # the tricks of training, length among them; ends of intervals, not means
+            "tricks_beat_search": most > gains["search"]["high"],
+            "holds": reported and most > gains["search"]["high"],
         },
     }
 

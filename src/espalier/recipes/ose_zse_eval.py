@@ -116,6 +116,7 @@ def _check(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "all_agree": all(agree.values()),
         "beaten_by_counts": beaten,
         "counts_competitive": len(beaten) > len(MEASURES) / 2,
+        "holds": all(agree.values()) and len(beaten) > len(MEASURES) / 2,
     }
 
 
