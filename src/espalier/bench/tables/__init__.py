@@ -20,6 +20,7 @@ TABLES: tuple[str, ...] = (
     "nb201",
     "nb_graph",
     "nb_macro",
+    "nb_nlp",
     "ofa_latency",
 )
 
