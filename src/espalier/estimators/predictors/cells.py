@@ -20,13 +20,15 @@ class Cell:
 
     Node 0 is the input, the last node the output, and `edges[e] = (a, b)` with a < b says that
     column e of the codes is the operator from node a to node b. `weights` are the relative weight
-    counts of the operators; `none` is the one that passes nothing on. Errors: `DataError`.
+    counts of the operators; `none` is the one that passes nothing on, `skip` the one that passes
+    everything on as it is, if there is one. Errors: `DataError`.
     """
 
     edges: tuple[tuple[int, int], ...]
     operators: tuple[str, ...]
     weights: tuple[float, ...]
     none: int = 0
+    skip: int | None = None
 
     def __post_init__(self) -> None:
         if any(a >= b or a < 0 for a, b in self.edges):
@@ -104,4 +106,5 @@ NB201 = Cell(
     edges=((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)),
     operators=("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"),
     weights=(0.0, 0.0, 1.0, 9.0, 0.0),
+    skip=1,
 )

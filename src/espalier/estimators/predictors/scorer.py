@@ -16,12 +16,13 @@ from espalier.estimators.predictors.encoders import (
     Affine,
     Encoder,
     Flat,
+    FlowOnEdges,
     GatesOnEdges,
     GatesOnNodes,
 )
 from espalier.estimators.predictors.inputs import Batch, Reader
 
-ENCODERS = ("gates", "gcn", "flat")
+ENCODERS = ("gates", "flow", "gcn", "flat")
 _ROWS = 2048  # graphs scored at once
 
 
@@ -73,6 +74,11 @@ def encoder(reader: Reader, shape: Shape, members: int | None = None) -> Encoder
         if reader.on_edges:
             raise EspalierError("a GCN has operators on nodes: read with on_edges=False")
         return GCN(k, m, shape.width, shape.layers, shape.dropout)
+    if shape.encoder == "flow":
+        if reader.cell is None:
+            raise EspalierError("the encoder flow reads cells with operators on edges: give a cell")
+        cell = reader.cell
+        return FlowOnEdges(cell.edges, k, cell.skip, m, shape.width, shape.dropout)
     if reader.on_edges and reader.cell is not None:
         return GatesOnEdges(reader.cell.edges, k, m, shape.width, shape.layers, shape.dropout)
     return GatesOnNodes(k, m, shape.width, shape.layers, shape.dropout)
