@@ -436,3 +436,9 @@ def test_the_estimator_conforms():
     assert not np.allclose(other["snip"], made.estimate(candidates)["snip"])
     with pytest.raises(EspalierError, match="batch"):
         ZeroCost(family, task, batch=2)
+
+
+def test_networks_in_double_precision_are_scored():
+    single, double = scores(net(), X, Y), scores(net().double(), X.double(), Y)
+    for name in set(ALL) - {"zico"}:  # whose ratios rounding decides
+        assert double[name] == pytest.approx(single[name], rel=2e-3, abs=1e-5), name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.tasks import Task
-from espalier.train.loop import Diverged
+from espalier.train.loop import Diverged, device_of
 from espalier.train.seeds import generator, global_seed
 
 
@@ -27,18 +27,19 @@ def fit_adamw(
     """Trains a network in place for `steps` batches; gives the mean loss of the last tenth.
 
     `lr` is the peak. The result is a function of the network, the task, the numbers given and
-    torch's threads. Errors: `Diverged` when the loss is NaN.
+    torch's threads; it computes on the device that the network is on. Errors: `Diverged` when the loss is NaN.
     """
     chosen = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(chosen, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     last: list[float] = []
+    device = device_of(network)
     network.train()
     with global_seed(seed):
         for step, (x, y) in zip(range(steps), _passes(task, batch, seed), strict=False):
             rise = min(1.0, (step + 1) / max(warmup * steps, 1))
             for group in optimiser.param_groups:
                 group["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss = task.loss(network(x), y)
+            loss = task.loss(network(x.to(device)), y.to(device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(chosen, 1.0)

@@ -67,7 +67,8 @@ def length_distortion(
     along = torch.stack([-angles.sin(), angles.cos()], 1) @ plane.T
     with borrowed(network), torch.no_grad(), WithoutNorms(), sdpa_kernel(SDPBackend.MATH):
         network.eval()  # norms do nothing: they need not count batches either
-        places, ways = (t.reshape(-1, *shape) for t in (circle, along))
+        like = next(network.parameters())
+        places, ways = (t.reshape(-1, *shape).to(like) for t in (circle, along))
         speed: Tensor = torch.func.jvp(network, (places,), (ways,))[1]
     length = float(speed.flatten(1).double().norm(dim=1).mean())
     return math.log(max(length, torch.finfo(torch.float32).tiny))

@@ -16,6 +16,7 @@ from espalier.estimators.zero_cost.sweep import Loss, Sweep
 from espalier.estimators.zero_cost.synflow import synflow
 from espalier.estimators.zero_cost.w_pca import w_pca
 from espalier.estimators.zero_cost.zen import zen
+from espalier.train.loop import device_of
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,17 @@ def scores(
     sign of its paper, in which more is better.
 
     One forward pass serves all that look at the batch; the network is not copied, and leaves as it
-    came. `seed` draws what zen and length_distortion feed. A result hangs on the network, the batch
-    and the seed, not on which other measures are asked for.
+    came. `seed` draws what zen and length_distortion feed. It computes on the device that the network
+    is on. A result hangs, up to rounding, on the network, the batch and the seed alone, not on
+    which other measures are asked for.
     Errors: `EspalierError` for an unknown measure, one that the network can't give (which, and
     why), or a result that is not finite.
     """
     for name in measures:
         if name not in MEASURES:
             raise EspalierError(unknown("zero-cost measure", name, MEASURES))
+    device = device_of(network)
+    inputs, labels = inputs.to(device), labels.to(device)
     batch = Batch(network, inputs, labels, loss, seed)
     out: dict[str, float] = {}
     needs = frozenset(_SWEPT[name][0] for name in measures if name in _SWEPT)

@@ -8,7 +8,8 @@ summed over the network, as by Abdelfattah et al. (ICLR 2021).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def synflow(network: nn.Module, shape: Sequence[int]) -> float:
     """
     weights: list[Tensor] = [layer.weight for layer in weighted(network)]  # type: ignore[misc]
     with positive(network), borrowed(network, weights), torch.enable_grad():
-        out = network(flow(torch.ones(1, *shape)))
+        out = network(flow(weights[0].new_ones(1, *shape)))
         exponent: int = getattr(out, "exponent", 0)
         found = gradients(out.as_subclass(Tensor).sum(), weights)
         parts = [(w.detach() * g).double().sum() for w, g in zip(weights, found, strict=True)]
@@ -38,18 +39,16 @@ def synflow(network: nn.Module, shape: Sequence[int]) -> float:
     return math.log(total) + exponent * math.log(2.0) if total > 0 else NOTHING
 
 
-class positive:
+@contextmanager
+def positive(network: nn.Module) -> Iterator[None]:
     """Within this context every parameter of a network is its own magnitude."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.kept = [(p, p.detach().clone()) for p in network.parameters()]
-
-    def __enter__(self) -> None:
+    kept = [(p, p.detach().clone()) for p in network.parameters()]
+    with torch.no_grad():
+        for parameter, _ in kept:
+            parameter.abs_()
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for parameter, _ in self.kept:
-                parameter.abs_()
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for parameter, values in self.kept:
+            for parameter, values in kept:
                 parameter.copy_(values)

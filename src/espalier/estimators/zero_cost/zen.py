@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from espalier.errors import EspalierError
 from espalier.estimators.zero_cost.borrow import WEIGHTED, borrowed, norms
 from espalier.estimators.zero_cost.quick import Quick
+from espalier.train.loop import device_of
 
 _STEP = 0.01  # as published
 
@@ -42,7 +43,7 @@ def zen(network: nn.Module, shape: Sequence[int], seed: int = 0, batch: int = 16
     wide = torch.float32 if normed else torch.float64
     random = torch.Generator().manual_seed(seed)
     x, e = torch.randn(2, batch, *shape, generator=random).unbind()
-    both = torch.stack([x, x + _STEP * e]).to(wide)
+    both = torch.stack([x, x + _STEP * e]).to(device_of(network), wide)
     with borrowed(network), gaussian(network, random, wide), torch.no_grad(), Quick():
         scales = _Scales(normed)
         first = _last_map(network, both[0], scales)
@@ -123,7 +124,9 @@ def gaussian(network: nn.Module, random: torch.Generator, dtype: torch.dtype) ->
                 drawn = name == "weight" and isinstance(module, WEIGHTED)
                 still = name == "weight" and isinstance(module, (_NormBase, nn.GroupNorm))
                 if drawn:
-                    parameter.data = torch.randn(parameter.shape, generator=random).to(dtype)
+                    parameter.data = torch.randn(parameter.shape, generator=random).to(
+                        parameter.device, dtype
+                    )
                 elif still:
                     parameter.data = torch.ones_like(parameter, dtype=dtype)
                 elif name == "bias":
