@@ -35,7 +35,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """
     count, steps = _SCALES[scale]
     task = text(seed=seed, train=5000)
-    family = GPT(task.shape, task.classes)
+    family = GPT(task.shape, task.classes, depth=(1, 2, 3, 4), width=(16, 24, 32, 48, 64, 96))
     drawn = family.space.sample(2 * count, np.random.default_rng([seed, 1]))
     chosen = family.space.decode(drawn[family.space.unique(drawn)][:count])
     path = None if out is None else out / "w_pca.json"
@@ -65,7 +65,7 @@ def _one(
         measure()  # the first call of a shape warms caches up
         found[name], ms[name] = _timed(measure)
     start = time.perf_counter()
-    fit_adamw(network, task, steps, own)
+    fit_adamw(network, task, steps, own, batch=16)
     return {
         "candidate": candidate.text,
         "seed": seed,
