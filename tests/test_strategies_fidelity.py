@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from espalier import nets, tasks
+from espalier.costs import Counts
 from espalier.errors import EspalierError, SpaceError
+from espalier.estimators import Trained
+from espalier.flows.evaluate import Score
+from espalier.problem import Problem
 from espalier.solvers.strategies import ASHA, BOHB, Hyperband, SuccessiveHalving
 from espalier.solvers.strategies.density import Density
 from espalier.solvers.strategies.fidelity import MultiFidelity
 from espalier.solvers.strategies.levels import Levels, extended
-from espalier.space import Linear, Space, choice, integer, ordinal, real
+from espalier.space import Candidate, Linear, Space, choice, integer, ordinal, real
+from espalier.study import Serial, Study
 from espalier.testing import check_fidelity
 from espalier.testing import fidelity as suite
+from espalier.train import Recipe
 
 INNER = Space([integer("x", 0, 99), integer("y", 0, 99)])
 KINDS = [SuccessiveHalving, Hyperband, ASHA, BOHB]
@@ -211,6 +220,53 @@ def test_density_of_numbers_looks_at_their_scale() -> None:
     drawn = density.draw(500, np.random.default_rng(0))
     assert space.valid(drawn).all()
     assert abs(np.median(np.log10(drawn[:, 0])) + 2) < 0.2
+
+
+# --- with real trainings -------------------------------------------------------------------------
+
+
+def test_hyperband_searches_with_real_trainings(tmp_path: Path) -> None:
+    """Each trial is trained for its own epochs, the same network from the same weights."""
+    task = tasks.make("digits:train=120,validation=100,test=50")
+    torch.manual_seed(0)
+    family = nets.MobileNet(
+        task.shape,
+        task.classes,
+        stem=(4, 8),
+        widths=[(8,), (8, 16), (12, 24)],
+        depth=(1, 2),
+        expansion=(1, 2),
+        head=(16, 32),
+    )
+    space = extended(family.space, (1, 3))
+    levels = Levels(space)
+    estimator = Trained(family, task, Recipe(epochs=20, batch=32))
+    problem = Problem((estimator.metrics[0],))
+    counts = Counts(family)
+    with Study.create(tmp_path / "study", {}, {}, 0) as study:
+        trials = study.search(
+            "search",
+            problem,
+            Hyperband(space, 0),
+            Score(estimator),
+            trials=7,
+            batch=2,
+            executor=Serial(),
+            price=lambda codes: counts.estimate_codes(levels.strip(codes)),
+        )
+    assert [t.state for t in trials] == ["done"] * 7
+    assert [t.candidate["epochs"] for t in trials] == [1, 1, 1, 3, 3, 3, 1]
+    quality = estimator.metrics[0].name
+    first = sorted(trials[:3], key=lambda t: -t.metrics[quality].value)
+    inner = [{k: v for k, v in t.candidate.items() if k != "epochs"} for t in trials]
+    assert inner[trials.index(first[0])] in inner[3:6]
+    # the trial of 3 epochs is the plain training of that network for 3 epochs
+    last = next(i for i in (3, 4, 5) if inner[i] == inner[trials.index(first[0])])
+    plain = Trained(family, task, Recipe(epochs=3, batch=32))
+    expected = plain.estimate([family.space.candidate(inner[last])])[quality][0]
+    assert trials[last].metrics[quality].value == expected
+    with pytest.raises(EspalierError, match="number of epochs"):
+        estimator.estimate([Candidate({**inner[0], "epochs": 1.5})])
 
 
 # --- the suite fails those that break its rules --------------------------------------------------
