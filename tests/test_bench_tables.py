@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from espalier.bench import tables
 from espalier.bench.surrogate import Surrogate, fit
 from espalier.bench.table import Table
 from espalier.bench.tables import hw_gpt_space, nb_graph_trees
-from espalier.errors import DataError, EspalierError
+from espalier.errors import DataError, EspalierError, MissingExtra
 from espalier.problem import Limit, Metric, Problem
 from espalier.solvers.strategies import Random
 from espalier.space import Space, choice, integer, real
@@ -130,17 +132,42 @@ def refused(name: str, *words: str) -> None:
         assert word in str(error.value)
 
 
-def test_what_is_absent_says_what_to_put_where(
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("nb201", "nb201/nb201.parquet"),
+        ("nb_macro", "nasbench_macro/nasbench_macro_cifar10.parquet"),
+        ("nb_graph:graph=cs", "nasbench_graph/nasbench_graph_light.parquet"),
+        ("hw_gpt:scale=m", "hw_gpt_bench/hwgpt_m.parquet"),
+        ("fbnet_latency", "help_latency/fbnet_latency.parquet"),
+        ("ofa_latency", "help_latency/ofa_latency.parquet"),
+    ],
+)
+def test_what_is_absent_or_another_file_says_what_to_put_where(
+    name: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow", reason="needs pip install 'espalier[tables]'")
+    tables.forget()
+    monkeypatch.delenv("ESPALIER_DATA", raising=False)
+    refused(name, "set ESPALIER_DATA", place, "published" if name == "nb201" else "https://")
+    monkeypatch.setenv("ESPALIER_DATA", str(tmp_path))
+    refused(name, "no file", str(tmp_path / place), "ESPALIER_DATA must hold")
+    (tmp_path / place).parent.mkdir()
+    (tmp_path / place).write_bytes(b"not a table")
+    refused(name, str(tmp_path / place), "SHA-256", "ESPALIER_UNVERIFIED=1")
+
+
+def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables.forget()
-    monkeypatch.delenv("ESPALIER_DATA", raising=False)
-    refused("nb201", "ESPALIER_DATA", "nb201/nb201.parquet")
     monkeypatch.setenv("ESPALIER_DATA", str(tmp_path))
-    refused("nb201", str(tmp_path / "nb201" / "nb201.parquet"), "no file")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'espalier\[tables\]'"):
+        tables.load("nb201")
 
 
-def test_another_file_is_refused_and_so_are_missing_columns(
+def test_a_file_of_ones_own_needs_the_columns_and_their_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pa = pytest.importorskip("pyarrow", reason="needs pip install 'espalier[tables]'")
@@ -148,14 +175,26 @@ def test_another_file_is_refused_and_so_are_missing_columns(
 
     tables.forget()
     monkeypatch.setenv("ESPALIER_DATA", str(tmp_path))
+    monkeypatch.setenv("ESPALIER_UNVERIFIED", "1")
     path = tmp_path / "nb201" / "nb201.parquet"
     path.parent.mkdir()
     path.write_bytes(b"not a table")
-    refused("nb201", "SHA-256", "ESPALIER_UNVERIFIED=1")
-    monkeypatch.setenv("ESPALIER_UNVERIFIED", "1")
     refused("nb201", "can't read", "Parquet")
-    parquet.write_table(pa.table({"op_1_0": [0, 1], "lat_pixel3": [1.0, 2.0]}), path)
-    refused("nb201", "lacks the columns op_2_0", "op_1_0")
+
+    names = ("val_acc_cifar10", "test_acc_cifar10", "params_cifar10", "mflops_cifar10",
+             "zen_cifar10", "lat_mine")  # fmt: skip
+    columns = {f"op_{a}_{b}": [0, 1, 4] for a, b in ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1))}
+    columns |= {name: [1.0, 2.0, 3.0] for name in names}
+    parquet.write_table(pa.table(columns), path)
+    refused("nb201", "lacks the columns op_3_2", "op_1_0")
+    parquet.write_table(pa.table({**columns, "op_3_2": [0, 5, 1]}), path)
+    refused("nb201", "valid and canonical, row 1")
+    parquet.write_table(pa.table({**columns, "op_3_2": [0, 3, 1]}), path)
+    try:
+        table = tables.load("nb201")
+        assert table.cost("lat_mine").estimate_codes(table.codes)["lat_mine"].tolist() == [1, 2, 3]
+    finally:
+        tables.forget()
 
 
 def test_unknown_tables_options_and_values_are_refused() -> None:
@@ -361,3 +400,18 @@ def test_hw_gpt_predicts_what_was_not_measured(scale: str, rows: int, real_data:
     low, high = table.columns["perplexity"].min(), table.columns["perplexity"].max()
     assert ((told["perplexity"] > 0.95 * low) & (told["perplexity"] < 1.05 * high)).all()
     assert (told["lat_a100"] > 0).all()
+
+
+@pytest.mark.data
+def test_the_code_of_the_how_to_runs(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "tables.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(compile(block, "tables.md", "exec"), names)
+    assert "73.48 % on test" in capsys.readouterr().out
+    check_table(names["mine"])  # type: ignore[arg-type]
+    # the errors stated on the page are those of the models
+    for scale in "sm":
+        errors = tables.load(f"hw_gpt:scale={scale}").held_out  # type: ignore[attr-defined]
+        quality = errors["perplexity"]
+        assert f"{quality.spearman:.4f}, {quality.error:.2%}" in page

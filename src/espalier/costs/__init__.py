@@ -13,4 +13,5 @@ from espalier.costs.pieces import UnitFamily as UnitFamily
 from espalier.costs.predicted import PredictedLatency as PredictedLatency
 from espalier.costs.runtime import BusyMachine as BusyMachine
 from espalier.costs.runtime import OnnxRuntime as OnnxRuntime
+from espalier.costs.tabulated import TabularCost as TabularCost
 from espalier.costs.timing import Timing as Timing
