@@ -44,11 +44,6 @@ def in_range(layout: Layout, codes: Codes, masks: dict[int, Mask]) -> Mask:
     return np.asarray(good.all(axis=1))
 
 
-def drawn(layout: Layout, n: int, rng: Rng) -> NDArray[np.float64]:
-    """Even draws `(n, d)` of every discrete column; real columns hold nothing of use."""
-    return np.floor(rng.random((n, layout.width)) * layout.count)
-
-
 def hit(layout: Layout, n: int, masks: dict[int, Mask], rng: Rng, rate: float | None) -> Mask:
     """Which of the free columns `(n, f)` change in each row, each with probability `rate`.
 

@@ -31,12 +31,7 @@ def fresh(layout: Layout, j: int, n: int, rng: Rng) -> Codes:
 def draw(layout: Layout, n: int, rng: Rng) -> Codes:
     """n rows, canonical, each active decision drawn on its own."""
     out = empty(layout, n)
-    if few.few(out):
-        out[:] = few.drawn(layout, n, rng)
-        columns = np.flatnonzero(layout.reals).tolist()
-    else:
-        columns = list(range(layout.width))
-    for j in columns:
+    for j in range(layout.width):
         out[:, j] = fresh(layout, j, n, rng)
     settle(layout, out)
     return out

@@ -51,8 +51,11 @@ class Controller:
         self._views = [w.detach().numpy() for w in weights]
         self._adam = torch.optim.Adam(weights, lr=rate, fused=True)
 
-    def write(self, n: int, rng: np.random.Generator) -> Codes:
-        """n canonical rows of codes; a decision that is inactive is read as its first choice."""
+    def write(self, n: int, rng: np.random.Generator, heat: float = 1.0) -> Codes:
+        """n canonical rows of codes, by the logarithm of the odds divided by `heat`.
+
+        A decision that is inactive is read as its first choice.
+        """
         bins = self._bins
         embedding, w_in, w_state, b_in, b_state, heads, bias = self._views
         codes = np.zeros((n, len(bins.sizes)), dtype=bins.space.dtype)
@@ -71,7 +74,7 @@ class Controller:
             memory = open_[:, keep] * memory + open_[:, take] * np.tanh(gates[:, new])
             state = open_[:, show] * np.tanh(memory)
             odds = state @ heads[turn] + bias[turn] + self._absent[turn]
-            choice = (odds + noise[turn]).argmax(axis=1)
+            choice = (odds + heat * noise[turn]).argmax(axis=1)
             codes[:, j] = bins.codes(j, choice, rng)
             if bins.turns.conditional(j):
                 active[:, j] = bins.turns.active(j, codes, active)

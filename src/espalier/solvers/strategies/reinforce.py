@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from espalier.solvers.strategies.controller import Controller
 
 _DRAWS = 16  # rows written at once: the sampler's cost hardly hangs on their number
+_HEAT = 1.3  # by which the odds are flattened before rows are written again
 _MEMORY = 500  # rows that a reward compares with
 _DECAY = 0.95  # of the baseline
 
@@ -69,12 +70,16 @@ class Reinforce(Replayed):
         self._baseline = 0.5
 
     def _ask(self, n: int) -> Codes:
-        return self._seen.fresh(n, self._rng, self._written)
+        heat = 1.0
 
-    def _written(self, n: int) -> Codes:
-        """Rows by the controller, in the order written; they need not be new."""
-        codes = self._controller.write(max(n, _DRAWS), self._rng)
-        return self.space.repair(codes, self._rng) if self.space.constraints else codes
+        def written(k: int) -> Codes:
+            """Rows by the controller, in the order written; they need not be new."""
+            nonlocal heat
+            codes = self._controller.write(max(k, _DRAWS), self._rng, heat)
+            heat *= _HEAT  # where it only repeats itself, it strays a little further each time
+            return self.space.repair(codes, self._rng) if self.space.constraints else codes
+
+        return self._seen.fresh(n, self._rng, written)
 
     def _tell(self, codes: Codes, values: Array, violations: Array) -> None:
         self._seen.add(codes)
