@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from espalier.problem import Reading
@@ -26,6 +26,9 @@ class Book:
         self._lease = f"{os.getpid()}@{socket.gethostname()}"
         self._trials: dict[int, Trial] = {}
         self._ids: dict[Candidate, int] = {}
+        # by state, so that no ask looks at all trials
+        self._waiting: dict[int, Trial] = {}
+        self._ended: dict[int, Trial] = {}
         ledger.release(phase)
         self._put(ledger.trials(phase))
         self.stopped = f"stop/{phase}" in ledger.meta()
@@ -33,8 +36,18 @@ class Book:
 
     def _put(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
-            self._trials[trial.id] = trial
             self._ids[trial.candidate] = trial.id
+            self._set(trial)
+
+    def _set(self, trial: Trial) -> None:
+        """A trial as it is now."""
+        self._trials[trial.id] = trial
+        self._waiting.pop(trial.id, None)
+        self._ended.pop(trial.id, None)
+        if trial.state == "waiting":
+            self._waiting[trial.id] = trial
+        elif trial.state in ("done", "failed"):
+            self._ended[trial.id] = trial
 
     def __len__(self) -> int:
         return len(self._trials)
@@ -48,12 +61,12 @@ class Book:
     @property
     def waiting(self) -> list[Trial]:
         """Trials to evaluate, in the order asked."""
-        return [t for t in self._trials.values() if t.state == "waiting"]
+        return [self._waiting[key] for key in sorted(self._waiting)]
 
     @property
-    def ended(self) -> list[Trial]:
-        """Trials that are done or failed."""
-        return [t for t in self._trials.values() if t.state in ("done", "failed")]
+    def ended(self) -> Collection[Trial]:
+        """Trials that are done or failed, in the order they ended."""
+        return self._ended.values()
 
     def add_ask(self, strategy: str, ask: Ask, trials: Sequence[NewTrial]) -> None:
         """Records an ask and its trials."""
@@ -67,14 +80,14 @@ class Book:
     def start(self, trial: Trial) -> None:
         """A trial is leased to a worker."""
         self.ledger.start(trial.id, self._lease)
-        self._trials[trial.id] = replace(trial, state="running", attempts=trial.attempts + 1)
+        self._set(replace(trial, state="running", attempts=trial.attempts + 1))
 
     def finish(
         self, outcome: Outcome, metrics: dict[str, Reading], violation: float, error: str
     ) -> Trial:
         """A trial has ended."""
         trial = self.ledger.finish(outcome.id, metrics, violation, error, outcome)
-        self._trials[trial.id] = trial
+        self._set(trial)
         return trial
 
     def release(self) -> None:
@@ -91,4 +104,4 @@ class Book:
         self.ledger.stop(self.phase, reason)
         self.stopped = True
         for trial in self.waiting:
-            del self._trials[trial.id], self._ids[trial.candidate]
+            del self._trials[trial.id], self._ids[trial.candidate], self._waiting[trial.id]

@@ -194,7 +194,9 @@ class Ledger:
             number = db.execute(
                 "SELECT COALESCE(MAX(number) + 1, 0) FROM asks WHERE phase = ?", (phase,)
             ).fetchone()[0]
-            db.execute("UPDATE asks SET state = NULL WHERE phase = ? AND state NOT NULL", (phase,))
+            # only the newest has one; by its number it is found without reading the others
+            last = (phase, number - 1)
+            db.execute("UPDATE asks SET state = NULL WHERE phase = ? AND number = ?", last)
             fields = [_dump(x) for x in (ask.codes, ask.violations, ask.refused, ask.state)]
             key = db.execute(
                 "INSERT INTO asks (phase, number, strategy, codes, violations, refused, state, "

@@ -85,7 +85,7 @@ def check_hope(book: Book, expected: int) -> None:
     """Raises `StudyError` where every one of the first trials failed, so that a mistake in the
     user's code does not spend the budget."""
     if hopeless(book, expected):
-        failed = book.ended
+        failed = list(book.ended)
         last = (failed[-1].error.strip().splitlines() or ["no reason given"])[-1]
         raise StudyError(
             f"all of the first {len(failed)} trials of {book.phase!r} failed, the last with: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Search:
     executor: Executor
     price: Price | None
     runner: Runner
+    _read: tuple[Ask, NDArray[np.int64], list[Candidate]] | None = field(default=None, init=False)
 
     def run(self) -> None:
         """Asks until the trials, the time, the space or the patience are used up."""
@@ -101,23 +102,25 @@ class Search:
             self._refused(prices, violations),
             self.strategy.state(),
         )
-        rows = self._rows(codes, prices)
-        new = [NewTrial(c, rows[c]) for c in self._unmade(ask)[: self._room]]
+        unmade = self._unmade(ask)[: self._room]
+        rows = {} if prices is None else self._rows(codes, prices)
+        new = [NewTrial(c, rows.get(c, {})) for c in unmade]
         self.book.add_ask(self.strategy.name, ask, new)
         return ask
 
     def _price(self, codes: Codes) -> Metrics | None:
         return self.price(codes) if self.price is not None else None
 
-    def _rows(self, codes: Codes, prices: Metrics | None) -> dict[Candidate, dict[str, Reading]]:
-        candidates = self.strategy.space.decode(codes)
-        rows = prices.readings() if prices is not None else [{} for _ in candidates]
-        return dict(zip(candidates, rows, strict=True))
+    def _rows(self, codes: Codes, prices: Metrics) -> dict[Candidate, dict[str, Reading]]:
+        return dict(zip(self.strategy.space.decode(codes), prices.readings(), strict=True))
 
     def _kept(self, ask: Ask) -> tuple[NDArray[np.int64], list[Candidate]]:
         """The rows of an ask that were not refused, and their candidates."""
-        rows = np.flatnonzero(np.asarray(ask.violations) <= 0)
-        return rows, self.strategy.space.decode(self._array(ask.codes)[rows])
+        if self._read is None or self._read[0] is not ask:
+            rows = np.flatnonzero(np.asarray(ask.violations) <= 0)
+            candidates = self.strategy.space.decode(self._array(ask.codes)[rows])
+            self._read = ask, rows, candidates
+        return self._read[1:]
 
     def _unmade(self, ask: Ask) -> list[Candidate]:
         """Candidates that were not refused and have no trial in this phase, each once."""
