@@ -318,9 +318,40 @@ def test_two_objectives_are_judged_by_hypervolume() -> None:
     assert "hypervolume" in result["verdicts"][0]
 
 
-def test_trained_strategies_beat_random_on_an_easy_table() -> None:
-    result = race(TABLE, "random,evolution:population=8,sample=4", 60, 20).to_json()
-    assert result["significance"]["evolution:population=8,sample=4"]["better"]
+def test_strategies_that_learn_beat_random_on_an_easy_table() -> None:
+    names = "random,evolution:population=8,sample=4,nsga2:population=8"
+    result = race(toy(noise=0.0), names, 40, 30).to_json()
+    assert all(test["better"] for test in result["significance"].values())
+
+
+def test_simulated_workers_end_sooner_and_learn_later() -> None:
+    one, four = (
+        race(TABLE, "random,nsga2:population=8", 40, 6, workers=n).to_json() for n in (1, 4)
+    )
+    ends = [x["time"]["random"]["seconds"][-1] for x in (one, four)]
+    assert ends[1] < 0.4 * ends[0]
+    assert one["regret"]["random"] == four["regret"]["random"]  # the same rows, told or not
+
+
+def test_early_stopping_gets_the_same_time_and_is_read_in_it() -> None:
+    table = toy(curves=True)
+    result = race(table, "random,halving,hyperband", 30, 6).to_json()
+    assert result["in_time"] == ["halving", "hyperband"]
+    assert result["curves"]["halving"]["queries"] == result["curves"]["random"]["queries"]
+    floor = result["ceiling"]["regret"]
+    for name in ("halving", "hyperband"):
+        curve = result["curves"][name]["mean"]
+        assert 0 <= curve[-1] < curve[0]
+        assert f"{name} stops trainings early" in " ".join(result["notes"])
+    assert floor >= 0
+    whole = float(np.mean(table.epoch_seconds) * 9)
+    for traces in race(table, "halving", 30, 2).runs.values():
+        for (
+            trace
+        ) in traces:  # no one gets more time than 30 average trainings, but for a query's end
+            assert trace.times[-1] <= 30 * whole * 1.2
+    plain = race(TABLE, "halving", 12, 2).to_json()
+    assert "no learning curves" in " ".join(plain["notes"])
 
 
 @pytest.mark.parametrize("name", ["random", "evolution"])
@@ -336,7 +367,6 @@ def test_the_toy_passes_the_suite_for_tables_and_broken_ones_do_not() -> None:
 
     check_table(TABLE)
     broken = {
-        "once": replace(TABLE, codes=np.concatenate([TABLE.codes[:-1], TABLE.codes[:1]])),
         "one goal": replace(
             TABLE, about={**TABLE.about, "test_acc": replace(TABLE.about["test_acc"], goal="min")}
         ),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from espalier.bench.table import Table
 
 
-def ceiling(table: Table, found: Judge, several: bool = False) -> dict[str, Any]:
+def ceiling(table: Table, found: Judge) -> dict[str, Any]:
     """The limits of a table.
 
     - `best`: the best reported number among all rows that keep the limits; `chosen`: that of the

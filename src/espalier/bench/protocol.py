@@ -9,9 +9,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,9 @@ from espalier.bench.drive import drive
 from espalier.bench.entrants import Entrant, check, entrants
 from espalier.bench.record import Key, Record, fingerprint
 from espalier.bench.scored import scored
-from espalier.bench.told import Told, told
+from espalier.bench.stages import Stages
 from espalier.bench.trace import Trace
+from espalier.bench.virtual import simulate
 from espalier.errors import EspalierError
 from espalier.problem import Limit, limits
 from espalier.study.threads import ONE_THREAD, limit_torch
@@ -63,24 +63,24 @@ class Race:
     settings: Settings
     seeds: tuple[int, ...]
     runs: Mapping[str, Sequence[Trace]]
-    seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
+    strategies: Mapping[str, object]
 
     @cached_property
     def result(self) -> dict[str, Any]:
         """The scores, computed once: see `to_json`."""
-        view = told(self.table, self.settings.objectives, self.settings.limits)
-        found = scored(self.table, view, self.runs, self.seeds, self.settings.queries)
+        stages = Stages(self.table, self.settings.objectives, self.settings.limits)
+        on = {name: stages.of(strategy) for name, strategy in self.strategies.items()}
+        workers = max(self.settings.workers, 1)
+        found = scored(stages.plain, on, self.runs, self.seeds, self.settings.queries, workers)
         return {
             "table": self.table.name,
             "source": self.table.source,
             **self.settings.to_json(),
             "limits": [
-                {"metric": x.metric, "op": x.op, "bound": x.bound} for x in view.problem.limits
+                {"metric": x.metric, "op": x.op, "bound": x.bound} for x in self.settings.limits
             ],
             "seeds": len(self.seeds),
             **found,
-            "notes": [*found.get("notes", []), *self.notes],
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def race(
     Errors: `EspalierError` for an unknown strategy, option or metric, before anything runs.
     """
     bounds = limits(within)
-    settings = Settings(queries, batch, workers, tuple(objectives or (table.validation,)), bounds)
-    view = told(table, settings.objectives, bounds)
-    settings = Settings(queries, batch, workers, settings.objectives, view.problem.limits)
+    stages = Stages(table, tuple(objectives or (table.validation,)), bounds)
+    problem = stages.plain.view.problem
+    settings = Settings(queries, batch, workers, stages.plain.view.names, problem.limits)
     for name, value, least in (("queries", queries, 1), ("jobs", jobs, 1), ("batch", batch, 1)):
         if value < least:
             raise EspalierError(f"{name} is at least {least}, got {value}")
@@ -129,7 +129,7 @@ def race(
     if not numbers:
         raise EspalierError(f"a race has at least 1 seed, got {seeds!r}")
     racing = entrants(given)
-    check(racing, table, view.problem.limits)
+    check(racing, table, settings.limits)
     about = {"table": table.name, "data": fingerprint(table), **settings.to_json()}
     record = Record(about, None if out is None else Path(out))
     todo = [(e, s) for s in numbers for e in racing if (e.name, s) not in record.done]
@@ -141,31 +141,31 @@ def race(
         record.add(key, trace)
         tell(f"{key[0]}, seed {key[1]}", n, total)
     runs = {e.name: [record.done[(e.name, s)] for s in numbers] for e in racing}
-    return Race(table, settings, numbers, runs, _spent(runs))
-
-
-def _spent(runs: Mapping[str, Sequence[Trace]]) -> float:
-    return sum(trace.overhead for traces in runs.values() for trace in traces)
+    strategies = {e.name: e.strategy for e in racing}
+    return Race(table, settings, numbers, runs, strategies)
 
 
 def _silent(what: str, done: int, total: int) -> None:
     return None
 
 
-def one(table: Table, view: Told, settings: Settings, entrant: Entrant, seed: int) -> Trace:
+def one(stages: Stages, settings: Settings, entrant: Entrant, seed: int) -> Trace:
     """One strategy with one seed."""
-    strategy = entrant.make(table, seed, view.problem.limits)
-    if settings.workers == 0:
-        return drive(strategy, table, settings.queries, batch=settings.batch, seen=view)
-    simulate: Callable[..., Trace] = import_module("espalier.bench.virtual").simulate
-    return simulate(
-        strategy,
-        table,
-        workers=settings.workers,
-        queries=settings.queries,
-        objectives=settings.objectives,
-        limits=view.problem.limits,
-    )
+    stage = stages.of(entrant.strategy)
+    strategy = entrant.make(stage.table, seed, settings.limits)
+    if stage.second is not None:
+        workers = max(settings.workers, 1)
+        seconds = settings.queries * stage.second / workers
+        return simulate(strategy, stage.table, workers=workers, seconds=seconds, seen=stage.view)
+    if settings.workers:
+        return simulate(
+            strategy,
+            stage.table,
+            workers=settings.workers,
+            queries=settings.queries,
+            seen=stage.view,
+        )
+    return drive(strategy, stage.table, settings.queries, batch=settings.batch, seen=stage.view)
 
 
 Todo = Sequence[tuple[Entrant, int]]
@@ -174,9 +174,9 @@ Todo = Sequence[tuple[Entrant, int]]
 def _run_here(
     table: Table, settings: Settings, todo: Todo, jobs: int
 ) -> Iterator[tuple[Key, Trace]]:
-    view = told(table, settings.objectives, settings.limits)
+    stages = Stages(table, settings.objectives, settings.limits)
     for entrant, seed in todo:
-        yield (entrant.name, seed), one(table, view, settings, entrant, seed)
+        yield (entrant.name, seed), one(stages, settings, entrant, seed)
 
 
 def _run_processes(
@@ -208,13 +208,12 @@ _there: dict[str, Any] = {}
 
 def _prepare(table: Table, settings: Settings) -> None:
     limit_torch()
-    view = told(table, settings.objectives, settings.limits)
-    _there.update(table=table, settings=settings, view=view)
+    _there.update(stages=Stages(table, settings.objectives, settings.limits), settings=settings)
 
 
 def _one_there(entrant: Entrant, seed: int) -> Trace:
     limit_torch()
-    return one(_there["table"], _there["view"], _there["settings"], entrant, seed)
+    return one(_there["stages"], _there["settings"], entrant, seed)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,20 +14,12 @@ from espalier.bench.bootstrap import Band, mean_band
 from espalier.bench.ceiling import ceiling
 from espalier.bench.entrants import BASELINE
 from espalier.bench.improvement import LEAST, improvement
-from espalier.bench.regret import (
-    Judge,
-    judge,
-    over_time,
-    queries_to_best,
-    regret,
-)
+from espalier.bench.regret import Judge, held, over_time, queries_to_best, regret
+from espalier.bench.stages import FIDELITIES, Stage
 from espalier.bench.told import Told
 from espalier.bench.trace import Trace
 from espalier.bench.verdicts import verdicts
-from espalier.bench.volume import share, volume
-
-if TYPE_CHECKING:
-    from espalier.bench.table import Table
+from espalier.bench.volume import rescaled, share, volume
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -37,27 +30,36 @@ _VOLUMES = 40  # hypervolumes are dearer
 
 
 def scored(
-    table: Table,
-    view: Told,
+    plain: Stage,
+    on: Mapping[str, Stage],
     runs: Mapping[str, Sequence[Trace]],
     seeds: Sequence[int],
     queries: int,
+    workers: int = 1,
 ) -> dict[str, Any]:
-    """Scores every strategy alike; see `Race.to_json` for what is in it."""
-    found = judge(table, view)
+    """Scores every strategy alike; see `Race.to_json` for what is in it. `on` is the stage of each
+    strategy: where that has a budget in time, q queries are the time of q average trainings."""
+    table, view, found = plain.table, plain.view, plain.judge
     at = checkpoints(queries, _POINTS)
-    curves = {
-        name: np.stack([regret(trace, found, queries) for trace in traces])
+    read = {
+        name: [_read(trace, on[name], found, queries, workers) for trace in traces]
         for name, traces in runs.items()
     }
+    curves = {name: np.stack([r.curve for r in each]) for name, each in read.items()}
     last = {name: curve[:, -1] for name, curve in curves.items()}
     several = len(view.names) > 1
     steps = checkpoints(queries, _VOLUMES)
     shares: dict[str, Array] = {}
     if several:
-        space = volume(table, view)
+        base = volume(table, view)
         for name, traces in runs.items():
-            shares[name] = np.stack([share(trace, space, steps) for trace in traces])
+            space = base if on[name] is plain else rescaled(on[name].table, on[name].view, base)
+            shares[name] = np.stack(
+                [
+                    share(trace, space, r.spent[steps - 1])
+                    for trace, r in zip(traces, read[name], strict=True)
+                ]
+            )
     losses = {n: 1.0 - v[:, -1] for n, v in shares.items()} if several else last
     about = table.about[found.report_name]
     out: dict[str, Any] = {
@@ -70,23 +72,52 @@ def scored(
         "test": {name: _plain(mean_band(found.shown(x + found.best))) for name, x in last.items()},
         "curves": {name: _curve(at, curve[:, at - 1]) for name, curve in curves.items()},
         "budgets": {name: _budgets(curve, found) for name, curve in curves.items()},
-        "time": _times(runs, curves, found, view),
+        "time": _times(runs, read, found, view),
         "hypervolume": {name: _curve(steps, x) for name, x in shares.items()},
-        "queries_to_best": {name: _to_best(traces, found) for name, traces in runs.items()},
+        "queries_to_best": {name: _to_best(each) for name, each in read.items()},
         "judged_by": "hypervolume" if several else "regret",
         "ranks": significance.ranks(losses).to_json(),
         "significance": compared(losses),
-        "improvement": _improvements(table, found, last),
-        "ceiling": ceiling(table, found, several),
+        "improvement": _improvements(found, last),
+        "ceiling": ceiling(table, found),
         "overhead_ms": {
             name: float(1e3 * np.mean([t.overhead / len(t) for t in traces]))
             for name, traces in runs.items()
         },
         "seconds_known": view.seconds is not None,
+        "in_time": [name for name in runs if on[name].second is not None],
     }
-    out["notes"] = _notes(table, view, runs, queries)
+    out["notes"] = _notes(on, runs, queries)
     out["verdicts"] = verdicts(out, queries, len(seeds))
     return out
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One run: regret after each of its own queries and at the race's count `(queries,)`; how many
+    of its own queries were `spent` by then; the race's count at which the best was found."""
+
+    own: Array
+    curve: Array
+    spent: Index
+    to_best: float
+
+
+def _read(trace: Trace, stage: Stage, found: Judge, queries: int, workers: int) -> _Read:
+    count = np.arange(1, queries + 1)
+    to_best = queries_to_best(trace, stage.judge)
+    if stage.second is None:
+        own = regret(trace, found)
+        return _Read(own, held(own, queries), np.minimum(count, len(trace)), to_best)
+    # the best of the table with whole trainings is what is compared with, also here
+    mine = stage.judge
+    own = np.maximum(regret(trace, mine) + mine.best - found.best, 0.0)
+    grid = count * stage.second / workers
+    curve = over_time(trace.times, own, grid, found.worst - found.best)
+    spent = np.searchsorted(trace.times, grid, side="right")
+    if np.isfinite(to_best):
+        to_best = float(trace.times[int(to_best) - 1] / stage.second * workers)
+    return _Read(own, curve, spent, to_best)
 
 
 def checkpoints(queries: int, points: int) -> Index:
@@ -136,7 +167,10 @@ def _budgets(curve: Array, found: Judge) -> dict[str, Any]:
 
 
 def _times(
-    runs: Mapping[str, Sequence[Trace]], curves: Mapping[str, Array], found: Judge, view: Told
+    runs: Mapping[str, Sequence[Trace]],
+    read: Mapping[str, Sequence[_Read]],
+    found: Judge,
+    view: Told,
 ) -> dict[str, Any]:
     """Regret over virtual time, on one grid that ends where the shortest strategy's runs end."""
     traces = [t for each in runs.values() for t in each]
@@ -148,16 +182,15 @@ def _times(
     before = found.worst - found.best
     out = {}
     for name, each in runs.items():
-        read = [
-            over_time(t.times, curve[: len(t)], grid, before)
-            for t, curve in zip(each, curves[name], strict=True)
+        curves = [
+            over_time(t.times, r.own, grid, before) for t, r in zip(each, read[name], strict=True)
         ]
-        out[name] = {"seconds": grid.tolist(), **_plain(mean_band(np.stack(read)))}
+        out[name] = {"seconds": grid.tolist(), **_plain(mean_band(np.stack(curves)))}
     return out
 
 
-def _to_best(traces: Sequence[Trace], found: Judge) -> dict[str, Any]:
-    numbers = np.array([queries_to_best(trace, found) for trace in traces])
+def _to_best(read: Sequence[_Read]) -> dict[str, Any]:
+    numbers = np.array([r.to_best for r in read])
     median = float(np.median(numbers))
     return {
         "median": median if np.isfinite(median) else None,
@@ -165,7 +198,7 @@ def _to_best(traces: Sequence[Trace], found: Judge) -> dict[str, Any]:
     }
 
 
-def _improvements(table: Table, found: Judge, last: Mapping[str, Array]) -> dict[str, Any]:
+def _improvements(found: Judge, last: Mapping[str, Array]) -> dict[str, Any]:
     random = found.shown(found.report[found.kept])
     random = random[~np.isnan(random)]
     if len(random) < LEAST or random.mean() == 0:
@@ -181,16 +214,26 @@ def _improvements(table: Table, found: Judge, last: Mapping[str, Array]) -> dict
     }
 
 
-def _notes(
-    table: Table, view: Told, runs: Mapping[str, Sequence[Trace]], queries: int
-) -> list[str]:
+def _notes(on: Mapping[str, Stage], runs: Mapping[str, Sequence[Trace]], queries: int) -> list[str]:
     out = []
     for name, traces in runs.items():
         short = sum(len(t) < queries for t in traces)
-        if short:
+        if on[name].second is not None:
+            asked = float(np.mean([len(t) for t in traces]))
+            out.append(
+                f"{name} stops trainings early: it spent the virtual time of {queries} average "
+                f"trainings on {asked:.0f} candidates and levels a run; where others have made q "
+                "queries it is read at the time of q average trainings."
+            )
+        elif short:
             out.append(
                 f"{name} had nothing more to ask before {queries} queries in {short} of "
                 f"{len(traces)} seeds; its last value is held."
+            )
+        if name.split(":")[0] in FIDELITIES and on[name].second is None:
+            out.append(
+                f"{name}: the table has no learning curves, so there is one level and nothing to "
+                "stop early."
             )
     predicted = sum(int((t.rows < 0).sum()) for each in runs.values() for t in each)
     if predicted:

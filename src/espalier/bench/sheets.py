@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from espalier.bench.entrants import BASELINE
-from espalier.bench.verdicts import amount, chance, unit_name
+from espalier.bench.verdicts import amount, chance, unit_name, word
 from espalier.report import numbers
 
 
@@ -103,8 +103,9 @@ def ranks(result: Mapping[str, Any]) -> Sheet:
             continue
         gap = [test["difference"], test["difference_low"], test["difference_high"]]
         shown = f"{gap[0]:+.3g} [{gap[1]:+.3g}, {gap[2]:+.3g}]"
-        word = "better" if test["better"] else "worse" if test["worse"] else "not better"
-        rows.append((name, rank, shown, chance(test["p_holm"]), word, _overhead(result, name)))
+        rows.append(
+            (name, rank, shown, chance(test["p_holm"]), word(test), _overhead(result, name))
+        )
     what = "missing hypervolume" if by == "hypervolume" else "regret"
     heads = (
         "strategy",

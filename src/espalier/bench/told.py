@@ -43,6 +43,9 @@ def told(
     for an unknown metric, and where no row keeps the limits.
     """
     names = tuple(objectives or (table.validation,))
+    if not all(names):
+        known = ", ".join(list(table.columns)[:4])
+        raise EspalierError(f"{table.name} is a table of costs: name objectives, of {known}, ...")
     bounds = resolved(table, limits)
     for name in [*names, *(bound.metric for bound in bounds)]:
         if name not in table.columns:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from espalier.bench.entrants import BASELINE
+from espalier.bench.significance import ALPHA
 from espalier.report import numbers
-
-_FEWEST = 6  # seeds below which no two-sided sign-flip test reaches 0.05
 
 
 def unit_name(unit: str) -> str:
@@ -44,18 +44,32 @@ def verdicts(result: Mapping[str, Any], queries: int, seeds: int) -> list[str]:
         else:
             unit = result["unit"]
             figures = f"mean test regret {amount(score, unit)} against {amount(base, unit)}"
-        word = "better" if test["better"] else "worse" if test["worse"] else "not better"
         budget = "1 query" if queries == 1 else f"{queries} queries"
-        line = f"{name} is {word} than random search at equal budget ({budget}): "
+        line = f"{name} is {word(test)} than random search at equal budget ({budget}): "
         line += f"{figures}, {chance(test['p_holm'])} after Holm, {seeds} "
         line += "seed." if seeds == 1 else "seeds."
         out.append(line)
-    if seeds < _FEWEST:
+    least = fewest(len(names))
+    if names and seeds < least:
         out.append(
             f"With {seeds} {'seed' if seeds == 1 else 'seeds'} no difference can be significant: "
-            f"give at least {_FEWEST}, better 30."
+            f"give at least {least}, better 30."
         )
     return out
+
+
+def word(test: Mapping[str, Any]) -> str:
+    """How a strategy stands against the baseline: ahead without proof is not the same as level."""
+    if test["better"]:
+        return "better"
+    if test["worse"]:
+        return "worse"
+    return "not shown to be better" if test["difference"] < 0 else "not better"
+
+
+def fewest(strategies: int) -> int:
+    """Seeds that a two-sided sign-flip test needs to reach 0.05 at all, after Holm."""
+    return 1 + math.ceil(math.log2(max(strategies, 1) / ALPHA))
 
 
 def _score(result: Mapping[str, Any], name: str, volume: bool) -> float:

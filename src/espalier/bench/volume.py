@@ -52,8 +52,16 @@ def volume(table: Table, view: Told) -> Volume:
     return Volume(view.values, scaled, kept, whole, low, span)
 
 
+def rescaled(table: Table, view: Told, base: Volume) -> Volume:
+    """Another table of the same metrics, measured by the volume of `base`."""
+    mine = volume(table, view)
+    report = (mine.report * mine.span + mine.low - base.low) / base.span
+    return Volume(mine.choice, report, mine.kept, base.whole, base.low, base.span)
+
+
 def dominated(points: Array) -> float:
     """Hypervolume of points `(n, m)` in 0..1, bounded by 1 in every objective."""
+    points = points[(points < 1.0).all(axis=1)]
     if len(points) == 0:
         return 0.0
     m = points.shape[1]
