@@ -19,6 +19,8 @@ from espalier.solvers.strategies import ASHA, BOHB, Hyperband, SuccessiveHalving
 from espalier.solvers.strategies.density import Density
 from espalier.solvers.strategies.fidelity import MultiFidelity
 from espalier.solvers.strategies.levels import Levels, extended
+from espalier.solvers.strategies.population import Population
+from espalier.solvers.strategies.results import Results
 from espalier.space import Candidate, Linear, Space, choice, integer, ordinal, real
 from espalier.study import Serial, Study
 from espalier.testing import check_fidelity
@@ -122,6 +124,27 @@ def test_the_refused_take_nobodys_place() -> None:
         value = np.array([[np.nan]]) if refused else by_x(codes)
         strategy.tell(codes, value, np.array([0.3 if refused else 0.0]))
     assert strategy.levels.of(strategy.ask(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_the_order_of_a_level_is_that_of_a_population(objectives: int) -> None:
+    rng = np.random.default_rng(0)
+    results = Results(INNER, 1)
+    codes = INNER.sample(60, rng)
+    values = rng.integers(0, 12, (60, objectives)).astype(float)  # many are equal
+    values[rng.random(60) < 0.2] = np.nan
+    violations = np.where(rng.random(60) < 0.2, 0.5, 0.0)
+    for i, number in enumerate(results.number(codes)):
+        results.tell(0, number, values[i], float(violations[i]))
+        if i % 17 == 0:
+            results.best(0)
+    people = Population.told(codes, values, violations)
+    expected = [int(i) for i in people.best_first if people.kept[i]]
+    assert [results.number(codes)[i] for i in expected] == results.best(0)
+    copy = Results.from_json(INNER, results.to_json())
+    assert copy.best(0) == results.best(0)
+    refused = (np.isnan(values).any(axis=1) & (violations > 0)).sum()
+    assert results.evaluated == copy.evaluated == [60 - refused]
 
 
 def test_several_objectives_are_promoted_by_front_and_then_by_crowding() -> None:

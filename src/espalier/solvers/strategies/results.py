@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class Results:
         self.asked: list[set[int]] = [set() for _ in range(levels)]
         self.evaluated = [0] * levels  # how many were told that were not refused
         self._numbers: dict[Any, int] = {}
-        self._orders: list[list[int] | None] = [None] * levels
+        self._orders: list[list[int] | None] = [[] for _ in range(levels)]
+        self._sorted: list[list[float]] = [[] for _ in range(levels)]  # their values
 
     def number(self, codes: Codes) -> list[int]:
         """The numbers of candidates; who is new gets the next."""
@@ -51,7 +53,7 @@ class Results:
             self.asked[level].add(number)
             self.told[level][number] = (tuple(float(v) for v in value), float(violation))
             self.evaluated[level] += not self.refused(level, number)
-            self._orders[level] = None
+            self._place(level, number, value, violation)
 
     def refused(self, level: int, number: int) -> bool:
         """Whether a candidate broke a limit before anything was paid for it."""
@@ -69,13 +71,21 @@ class Results:
     def best(self, level: int) -> list[int]:
         """Who was evaluated at a level and keeps every limit, best first (rank, then crowding)."""
         order = self._orders[level]
-        if order is None and not self.told[level]:
-            order = []
         if order is None:
             numbers, people = self.population(level)
             order = [numbers[i] for i in best_first(people) if people.kept[i]]
             self._orders[level] = order
         return order
+
+    def _place(self, level: int, number: int, value: Array, violation: float) -> None:
+        """Keeps the order of a level: of one objective by insertion, else it is made anew."""
+        order = self._orders[level]
+        if len(value) != 1 or order is None:
+            self._orders[level] = None
+        elif violation <= 0 and not np.isnan(value[0]):
+            at = bisect_right(self._sorted[level], float(value[0]))
+            self._sorted[level].insert(at, float(value[0]))
+            order.insert(at, number)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, exact."""
