@@ -147,3 +147,13 @@ def test_a_browser_draws_it(result: dict[str, Any], tmp_path: Path) -> None:
     assert "data-error" not in done.stdout[:2000]
     assert 'data-drawn="4"' in done.stdout[:2000]
     assert picture.stat().st_size > 50_000
+
+
+def test_the_code_of_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "howto" / "bench.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(block, "bench.md", "exec", dont_inherit=True), names)
+    assert names["found"].to_json()["significance"]["mine"]["better"]
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()

@@ -318,14 +318,14 @@ def _names(text: str) -> list[str]:
 def _print_race(result: dict[str, Any], page: Path) -> None:
     from rich.table import Table
 
-    from espalier.bench.page import headline, title
-    from espalier.bench.sheets import ranks
+    from espalier.bench.page import headline
+    from espalier.bench.sheets import brief
 
     console = Console()
-    sheet = ranks(result)
-    table = Table(title=title(result), title_justify="left")
+    sheet = brief(result)
+    table = Table(title=sheet.caption, title_justify="left")
     for i, head in enumerate(sheet.heads):
-        table.add_column(head, justify="right" if i else "left")
+        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0)
     for row in sheet.rows:
         table.add_row(*row)
     console.print(table)

@@ -49,7 +49,7 @@ def html(result: Mapping[str, Any]) -> str:
     views = figures(result)
     tall = _FRAME + _ROW * len(result["curves"])
     return _environment().get_template("race.html.j2").render(
-        title=title(result),
+        title=sheets.title_of(result),
         headline=headline(result),
         warnings=_warnings(result),
         tiles=_tiles(result),
@@ -90,12 +90,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def title(result: Mapping[str, Any]) -> str:
-    """What was raced, on one line."""
-    count = len(result["curves"])
-    return f"{count} strategies on {result['table']}, {result['queries']} queries, {result['seeds']} seeds"
 
 
 def headline(result: Mapping[str, Any]) -> str:
@@ -187,7 +181,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The same words and tables as Markdown."""
     command = str(result.get("command") or "").replace("```", "'''")
     parts = [
-        f"# {_safe(headline(result))}\n\n{_safe(title(result))}.",
+        f"# {_safe(headline(result))}\n\n{_safe(sheets.title_of(result))}.",
         *(f"> **{_safe(text)}**" for text in _warnings(result)),
         "## The question\n\n" + _bullets(f"{term}: {text}" for term, text in question(result)),
         "## Against random search\n\n" + _bullets(result["verdicts"]),

@@ -119,6 +119,32 @@ def ranks(result: Mapping[str, Any]) -> Sheet:
     return Sheet(caption, heads, tuple(rows), _marks(result, names))
 
 
+def brief(result: Mapping[str, Any]) -> Sheet:
+    """What a terminal shows: rank, the score at the end, the test result, own time."""
+    names = order(result)
+    volume = result["judged_by"] == "hypervolume"
+    rows = []
+    for name in names:
+        score = (
+            f"{result['hypervolume'][name]['mean'][-1]:.4f}"
+            if volume
+            else amount(result["regret"][name], result["unit"])
+        )
+        test = _number(result["test"][name]["mean"], result["unit"])
+        rank = f"{result['ranks']['mean'][name]:.2f}"
+        rows.append((name, rank, score, test, _overhead(result, name)))
+    what = "hypervolume" if volume else "mean regret"
+    heads = ("strategy", "mean rank", what, "mean test", "own time")
+    return Sheet(title_of(result), heads, tuple(rows), _marks(result, names))
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    """What was raced, on one line."""
+    count = len(result["curves"])
+    runs = f"{result['queries']} queries, {result['seeds']} seeds"
+    return f"{count} strategies on {result['table']}, {runs}"
+
+
 def _overhead(result: Mapping[str, Any], name: str) -> str:
     return f"{numbers.show(result['overhead_ms'][name], 'own_ms', digits=2)} a query"
 
