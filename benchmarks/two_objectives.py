@@ -2,7 +2,7 @@
 
 NAS-Bench-201 (CIFAR-100) with every measured device, HW-GPT-Bench (scale s) with every device. Espalier's
 NSGA-II (population 20), guided search and random search beside Optuna's and pymoo's NSGA-II (population
-20), one candidate at a time, 30 seeds. The front is chosen by validation and measured by test; the share
+20), one candidate at a time, 10 seeds. The front is chosen by validation and measured by test; the share
 is of the table's own front, bounded by the worst of the table. For HW-GPT-Bench, whose 10,000 rows are a
 sample of a far larger space, candidates that were not measured are predicted by the table's surrogate, and
 shares are of the measured rows' front: they can exceed 1.
@@ -79,7 +79,7 @@ def main() -> None:
     """Runs all devices and writes results/two_objectives.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--tables", default=";".join(TABLES), help="with ; between")
     args = parser.parse_args()
     queries, seeds = (60, 3) if args.quick else (QUERIES, args.seeds)
