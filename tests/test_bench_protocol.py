@@ -279,6 +279,15 @@ def test_features_of_the_table_go_to_who_takes_them() -> None:
     assert taken == [TABLE.encode]
 
 
+def test_a_limit_goes_to_who_screens_by_it() -> None:
+    bounds = limits({"params": 4000.0})
+    made = Entrant("eeea", "eeea", {"population": 10}).make(TABLE, 0, bounds)
+    first = made.ask(10)
+    assert (TABLE.columns["params"][TABLE.find(first)] <= 4000).all()
+    result = race(TABLE, "eeea:population=10,nsga2:population=10", 40, 6, within=bounds).to_json()
+    assert result["limits"] == [{"metric": "params", "op": "<=", "bound": 4000.0}]
+
+
 def test_processes_give_the_same_and_a_stopped_race_goes_on(tmp_path: Path) -> None:
     here = race(TABLE, "random,nsga2", 15, 4).to_json()
     there = race(TABLE, "random,nsga2", 15, 4, jobs=2, out=tmp_path).to_json()

@@ -33,20 +33,18 @@ class Entrant:
     strategy: str | Callable[..., Strategy]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(
-        self, table: Table, seed: int, limits: Iterable[Limit] = (), objectives: Sequence[str] = ()
-    ) -> Strategy:
+    def make(self, table: Table, seed: int, limits: Iterable[Limit] = ()) -> Strategy:
         """The strategy, new, over the table's space.
 
-        Features of the table go to a strategy that takes `features`. The first limit goes to one
-        that takes `price` and `threshold`: the price of codes is that column of the table.
+        Features of the table go to a strategy that takes `features`. The first upper limit goes to
+        one that takes `price` and `threshold`: the price of codes is that column of the table.
         """
         make = _maker(self.strategy)
         taken = inspect.signature(make).parameters
         options = dict(self.options)
         if "features" in taken and "features" not in options and table.encode is not None:
             options["features"] = table.encode
-        first = next(iter(limits), None)
+        first = next((limit for limit in limits if limit.op == "<="), None)
         if first is not None and {"price", "threshold"} <= set(taken):
             options.setdefault("price", _price(table, first.metric))
             options.setdefault("threshold", first.bound)
