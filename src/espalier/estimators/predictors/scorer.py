@@ -37,7 +37,7 @@ class Shape:
     layers: int = 5
     hidden: int = 64
     depth: int = 3
-    dropout: float = 0.1
+    dropout: float = 0.05
 
 
 class Scorer(nn.Module):
