@@ -185,3 +185,13 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
             without.setitem(sys.modules, module, None)
             with pytest.raises(MissingExtra, match=rf"{module}.*espalier\[bayes\]"):
                 kind(NUMBERS, 0).ask(1)
+
+
+def test_a_distribution_that_converged_goes_on_near_the_best_rows_at_little_cost() -> None:
+    space = Space([integer(f"x{i}", 0, 9) for i in range(4)])
+    strategy, chance = CMAES(space, 0), Random(space, 0)
+    score = suite.distances(space, 1)
+    values = suite.drive(strategy, score, 250, 1)[1]
+    assert strategy._converged
+    assert len(strategy._study.get_trials()) < 2 * 250
+    assert values[200:].mean() < 0.6 * suite.drive(chance, score, 250, 1)[1].mean()

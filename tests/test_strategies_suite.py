@@ -25,7 +25,7 @@ MIXED = Space(
 WIDE = Space([integer(f"x{i}", 0, 99) for i in range(24)])
 
 # rows that are random before a slow model takes part: its own tests let it begin earlier
-OPTIONS: dict[str, dict[str, Any]] = {"gp": {"startup": 60}, "tpe": {"startup": 30}}
+OPTIONS: dict[str, dict[str, Any]] = {"gp": {"startup": 60}, "tpe": {"startup": 60}}
 
 
 def make(name: str) -> suite.MakeStrategy:

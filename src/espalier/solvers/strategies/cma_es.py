@@ -16,7 +16,7 @@ from espalier.solvers.strategies.sampled import Sampled, imported
 from espalier.solvers.strategies.strategy import Array, Codes
 from espalier.space import Categorical, Real, Space
 
-_TRIES = 10  # suggestions known already, in a row, before neighbours of the last one are taken
+_TRIES = 10  # so many suggestions in a row that are known already: the distribution has converged
 _BROKEN, _FAILED = 1e100, 1e300  # beyond any value that is kept
 
 
@@ -28,7 +28,8 @@ class CMAES(Sampled):
     those that failed. Several objectives are made one: the largest of the objectives, each
     scaled to the range told so far, plus 5% of their sum (Knowles, 2006, with equal weights), so
     the search goes to the middle of the front and not along it. A suggestion known already is
-    answered from memory. Rows told that were not asked only count as known.
+    answered from memory; when ten in a row are, the distribution has converged, and what is asked
+    from then on are mutations of the best rows. Rows told that were not asked only count as known.
     """
 
     name = "cmaes"
@@ -47,6 +48,8 @@ class CMAES(Sampled):
         except ImportError:
             raise MissingExtra("cmaes", "bayes") from None
         self._known: dict[Any, tuple[Array, float]] = {}
+        self._codes: dict[Any, Codes] = {}
+        self._converged = False
         self._low: Array | None = None
         self._high: Array | None = None
 
@@ -88,6 +91,8 @@ class CMAES(Sampled):
 
     def _propose(self, n: int, drawn: list[tuple[Any, Any]]) -> Codes:
         """n rows of the sampler; those known are told at once and others drawn in their place."""
+        if self._converged:
+            return self._near(n)
         rows = [self.space.corner(last=False)[:0]]
         for missing in range(self._allowed(n), 0, -1):
             for _ in range(_TRIES):
@@ -99,9 +104,17 @@ class CMAES(Sampled):
                 drawn.pop()
                 self._study.tell(trial, self._scalar(*self._known[key]))
             else:
-                rows.append(self.space.mutate(np.repeat(row, missing, 0), self._draws))
+                self._converged = True
+                rows.append(self._near(missing))
                 break
         return np.concatenate(rows)
+
+    def _near(self, n: int) -> Codes:
+        """n mutated copies of rows among the best tenth known (five at least)."""
+        codes, values = list(self._codes.values()), list(self._known.values())
+        order = np.argsort([self._scalar(*v) for v in values], kind="stable")
+        parents = self._draws.choice(order[: max(5, len(order) // 10)], n)
+        return self.space.mutate(np.stack([codes[i] for i in parents]), self._draws)
 
     def _report(self, codes: Codes, values: Array, violations: Array) -> None:
         kept = values[(violations <= 0) & ~np.isnan(values).any(axis=1)]
@@ -110,8 +123,9 @@ class CMAES(Sampled):
             self._low = low if self._low is None else np.minimum(self._low, low)
             self._high = high if self._high is None else np.maximum(self._high, high)
         keys = self.space.keys(codes).tolist()
-        for key, value, broken in zip(keys, values, violations, strict=True):
+        for key, row, value, broken in zip(keys, codes, values, violations, strict=True):
             self._known[key] = (value, float(broken))
+            self._codes[key] = np.array(row)
             trial = self._open.pop(key, None)
             if trial is not None:
                 self._study.tell(trial, self._scalar(value, float(broken)))
