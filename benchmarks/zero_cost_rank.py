@@ -1,6 +1,6 @@
 """How well zero-cost proxies rank NAS-Bench-201, beside parameters, MACs and published scores.
 
-    ESPALIER_DATA=... python benchmarks/zero_cost_rank.py [--cells 200] [--seconds 1500]
+    ESPALIER_DATA=... python benchmarks/zero_cost_rank.py [--cells 300] [--seconds 1500]
 
 Networks as published (16 channels, 5 cells a stage, fresh weights), one batch of 64 lossless
 CIFAR-10 images. The cells are a fixed random sample of the 725 for which NAS-Bench-Suite-Zero
@@ -122,7 +122,7 @@ def ranked(scores: Array, truth: Array) -> dict[str, Any]:
 def main() -> None:
     """Scores the sample, ranks it and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cells", type=int, default=200)
+    parser.add_argument("--cells", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=1500.0)
     args = parser.parse_args()
     if "ESPALIER_DATA" not in os.environ:

@@ -96,7 +96,9 @@ def naslib(checkout: Path) -> Measure:
         package.__path__ = [str(checkout / name.replace(".", "/"))]
         sys.modules[name] = package
     sys.modules["naslib.predictors.utils.models"] = types.ModuleType("models")
-    sys.modules["tensorwatch"] = types.ModuleType("tensorwatch")  # for counting, not used here
+    counting = types.ModuleType("tensorwatch")  # not used here, but named in a signature
+    counting.ModelStats = object  # type: ignore[attr-defined]
+    sys.modules["tensorwatch"] = counting
     return _peer("naslib.predictors.utils.pruners")
 
 
@@ -240,6 +242,7 @@ def main() -> None:
             cells.append(one_cell(made, x, y, peers, args.repeats))
         found = {"load_before": round(load, 2), **summary(cells, list(peers))}
         result["threads"][str(threads)] = found
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{threads} threads: all {len(ALL)} measures {found['espalier']['all_ms']:.0f} ms")
         for tool in peers:
             one = found[tool]
@@ -249,7 +252,6 @@ def main() -> None:
                 f"({one['times_faster']['min']:.1f} to {one['times_faster']['max']:.1f}; "
                 f"by processor time {one['times_faster']['median_cpu']:.1f})"
             )
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {RESULT.name}")
 
 

@@ -26,11 +26,11 @@ from espalier.train.evaluate import evaluate
 from espalier.train.seeds import generator, global_seed, mixed
 
 COMPLEXITIES = ("length_distortion", "ntk_condition")
-DRAWS = 3  # fresh weights that a complexity is averaged over
+DRAWS = 2  # fresh weights that a complexity is averaged over
 # networks, steps, sizes in parameters, trainings of each size, trainings of each way to tokenise
 _SCALES: dict[str, tuple[int, int, tuple[int, ...], int, int]] = {
     "smoke": (6, 12, (2000,), 1, 1),
-    "cpu": (64, 250, (6000, 16000, 40000), 3, 5),
+    "cpu": (60, 160, (6000, 16000, 40000), 3, 4),
     "gpu": (200, 1000, (6000, 16000, 40000, 100000), 5, 5),
 }
 _BINS = 8  # of networks with about equal multiply-accumulates

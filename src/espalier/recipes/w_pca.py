@@ -25,7 +25,7 @@ from espalier.train.seeds import generator, global_seed, mixed
 MEASURES = ("w_pca", "snip", "params")
 HALVES = 5
 # networks, steps of training
-_SCALES = {"smoke": (4, 6), "cpu": (60, 150), "gpu": (200, 2000)}
+_SCALES = {"smoke": (4, 6), "cpu": (60, 100), "gpu": (200, 2000)}
 
 
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
