@@ -83,7 +83,7 @@ def test_the_help_loads_none_of_the_heavy_libraries() -> None:
 def test_a_real_table_with_limits_and_two_objectives(real_data: Path, tmp_path: Path) -> None:
     done = espalier(
         "bench", "--table", "nb201:dataset=cifar100", "--strategies", "random,nsga2:population=10",
-        "--queries", "40", "--seeds", "6", "--objectives", "val_acc,lat_pixel3_1",
+        "--queries", "40", "--seeds", "6", "--objectives", "val_acc,lat_pixel3",
         "--max", "params=60%", "--estimators", "params", "--out", tmp_path / "b", "--json",
         ESPALIER_DATA=str(real_data),
     )  # fmt: skip

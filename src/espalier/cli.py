@@ -243,7 +243,7 @@ def bench(
     objectives: Annotated[
         str,
         typer.Option(
-            help="Metrics of the table with commas between, like val_acc,lat_pixel3_1; by default "
+            help="Metrics of the table with commas between, like val_acc,lat_pixel3; by default "
             "the one that the table chooses by. Two or more are judged by hypervolume."
         ),
     ] = "",
@@ -252,7 +252,7 @@ def bench(
         typer.Option(
             "--max",
             help="An upper limit on a metric of the table, NAME=VALUE, as often as needed: "
-            "params=500k, lat_pixel3_1=10, or a share of the largest: params=40%.",
+            "params=500k, lat_pixel3=10, or a share of the largest: params=40%.",
         ),
     ] = None,
     estimators: Annotated[

@@ -24,7 +24,7 @@ _SCALES: dict[str, tuple[str, int, int, str, int, int]] = {
         "nb201:dataset=cifar10",
         50,
         10,
-        "cifar10:size=16,train=2000,validation=1000,test=2000",
+        "cifar10:size=16,train=1000,validation=1000,test=2000",
         4,
         5,
     ),

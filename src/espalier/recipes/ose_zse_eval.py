@@ -10,7 +10,11 @@ import numpy as np
 from espalier.recipes import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from espalier.estimators.zero_cost import ZeroCost
     from espalier.nets import Family
+    from espalier.space import Candidate
 
 MEASURES = (
     "grad_norm",
@@ -54,8 +58,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     operators = operator_counts(table.space, codes)
     reports: list[dict[str, Any]] = []
     for own in (2 * seed, 2 * seed + 1):
-        found = ZeroCost(family, task, MEASURES, batch=batch, seed=own).estimate(candidates)
-        scores = {m: found[m] for m in MEASURES}
+        scores = _scores(ZeroCost(family, task, MEASURES, batch=batch, seed=own), candidates)
         scores |= {c: np.asarray(table.columns[c], dtype=float)[rows] for c in COUNTED}
         reports.append(
             {
@@ -79,6 +82,22 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
         "second": reports[1],
         "check": _check(*reports),
     }
+
+
+def _scores(estimator: ZeroCost, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The measures of each network; NaN where a network can't be scored, such as a cell that lets
+    no signal through."""
+    from espalier.errors import EspalierError
+
+    out = {name: np.full(len(candidates), np.nan) for name in MEASURES}
+    for i, candidate in enumerate(candidates):
+        try:
+            found = estimator.estimate([candidate])
+        except EspalierError:
+            continue
+        for name in MEASURES:
+            out[name][i] = found[name][0]
+    return out
 
 
 def _family(table: str, shape: tuple[int, ...], classes: int) -> Family:
@@ -106,6 +125,7 @@ def _check(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "estimators": len(MEASURES),
+        "networks_without_score": first[MEASURES[0]]["without_score"],
         "kendall": tau,
         "spearman": {n: float(first[n]["spearman"]["value"]) for n in tau},
         "precision_at_10_percent": {n: float(first[n]["precision"]["0.1"]["value"]) for n in tau},
