@@ -43,7 +43,8 @@ def live(codes: NDArray[Any]) -> Operators:
 
 def one_hot(codes: NDArray[Any]) -> Array:
     """Which live operator stands on which edge `(n, 30)`."""
-    return (live(codes)[:, :, None] == np.arange(len(OPERATORS))).reshape(len(codes), -1) * 1.0
+    hot = live(codes)[:, :, None] == np.arange(len(OPERATORS))
+    return np.asarray(hot.reshape(len(codes), -1), dtype=np.float64)
 
 
 def paths(codes: NDArray[Any]) -> Array:
@@ -88,10 +89,11 @@ def shape(codes: NDArray[Any]) -> Array:
     straight = np.stack([(ops[:, way] == _SKIP).all(axis=1) for way in _WAYS], axis=1)
 
     def most(name: str) -> Array:
-        return np.where(open_, counts[name], 0).max(axis=1).astype(np.float64)
+        return np.asarray(np.where(open_, counts[name], 0).max(axis=1), dtype=np.float64)
 
     def fewest(name: str) -> Array:
-        return np.where(ways > 0, np.where(open_, counts[name], 9).min(axis=1), 0).astype(float)
+        least = np.where(open_, counts[name], 9).min(axis=1)
+        return np.asarray(np.where(ways > 0, least, 0), dtype=np.float64)
 
     def mean(name: str) -> Array:
         return np.asarray((counts[name] * open_).sum(axis=1) / some, dtype=np.float64)

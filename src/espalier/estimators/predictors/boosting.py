@@ -54,7 +54,7 @@ class Boosting(Regressor):
             "num_leaves": self.leaves,
             "min_data_in_leaf": max(1, min(5, len(x) // 10)),
             "min_sum_hessian_in_leaf": 0.0,
-            "bagging_fraction": self.share,
+            "bagging_fraction": self.share if len(x) >= 10 else 1.0,
             "bagging_freq": 1,
             "feature_fraction": self.share,
             "min_data_in_bin": 1,

@@ -45,6 +45,39 @@ class Blocks:
         return np.concatenate([np.asarray(p(codes), dtype=np.float64) for p in self.parts], axis=1)
 
 
+class Arranged:
+    """Features of no declared blocks, arranged into two: columns of only 0 and 1, and numbers, each
+    scaled to mean 0 and deviation 1. What a column is, is seen on 256 random rows of the space;
+    columns that are the same in all are left out.
+    """
+
+    def __init__(self, features: FeatureMap, space: Space) -> None:
+        self.features = features
+        seen = np.asarray(features(space.sample(256, np.random.default_rng(0))), dtype=np.float64)
+        varies = np.ptp(seen, axis=0) > 0
+        flags = ((seen == 0) | (seen == 1)).all(axis=0)
+        self._flags = np.flatnonzero(varies & flags)
+        self._numbers = np.flatnonzero(varies & ~flags)
+        self._shift = seen[:, self._numbers].mean(axis=0)
+        self._unit = seen[:, self._numbers].std(axis=0)
+        counts = len(self._flags), len(self._numbers)
+        self.widths = tuple(n for n in counts if n) or (1,)
+
+    def __call__(self, codes: Codes) -> Array:
+        """Both blocks `(n, k)`."""
+        x = np.asarray(self.features(codes), dtype=np.float64)
+        numbers = (x[:, self._numbers] - self._shift) / self._unit
+        out = np.concatenate([x[:, self._flags], numbers], axis=1)
+        return out if out.shape[1] else np.zeros((len(x), 1))
+
+
+def blocked(features: FeatureMap | None, space: Space) -> FeatureMap:
+    """Features that have blocks: as they are if they do, `Arranged` else, `OneHot` for None."""
+    if features is None:
+        return OneHot(space)
+    return features if hasattr(features, "widths") else Arranged(features, space)
+
+
 @dataclass(frozen=True)
 class OneHot:
     """The features of any space: its one-hot columns, and its ordered decisions on a scale.

@@ -7,7 +7,6 @@ scale, each held near 1 by a prior, because ten rows determine none of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +50,7 @@ class Gaussian(Regressor):
         self._parameters: Array | None = None  # logarithms: weights, length scales, noise
         self._scales: Array = np.ones(0)  # a block: root mean squared distance of two rows
         self._x, self._y = np.zeros((0, 0)), np.zeros(0)
+        self._rows: list[Array] = []  # the blocks of x, scaled
         self._shift, self._unit = 0.0, 1.0
         self._factor: Array = np.zeros((0, 0))
         self._weights: Array = np.zeros(0)
@@ -85,7 +85,8 @@ class Gaussian(Regressor):
         use = _some(y, self.rows)
         z, self._shift, self._unit = _standard(y)
         self._x, self._y = x[use], y[use]
-        kernel = self._kernel(self._x, self._x)
+        self._rows = self._scaled(self._x)
+        kernel = self._kernel(self._rows, self._rows)
         kernel[np.diag_indices(len(kernel))] += np.exp(self._parameters[-1]) + _JITTER
         self._factor = np.asarray(np.linalg.cholesky(kernel))
         self._weights = solve_triangular(self._factor, z[use], lower=True, check_finite=False)
@@ -111,45 +112,49 @@ class Gaussian(Regressor):
         if self._parameters is None:
             raise DataError("a regressor is fitted before it predicts: call fit")
         x = np.ascontiguousarray(x, dtype=np.float64)
+        rows = self._scaled(x)
         solved = solve_triangular(
-            self._factor, self._kernel(self._x, x), lower=True, check_finite=False
+            self._factor, self._kernel(self._rows, rows), lower=True, check_finite=False
         )
         mean = self._shift + self._unit * (self._weights @ solved)
-        variance = np.maximum(self._prior_variance(x) - (solved * solved).sum(axis=0), 1e-12)
-        return GaussianBelief(mean, self._unit * np.sqrt(variance), self, x, [solved])
+        variance = np.maximum(self._prior_variance(rows) - (solved * solved).sum(axis=0), 1e-12)
+        return GaussianBelief(mean, self._unit * np.sqrt(variance), self, rows, [solved])
 
-    def _kernel(self, a: Array, b: Array) -> Array:
-        out = np.full((len(a), len(b)), _CONSTANT)
-        for i, weight, length, one, other in self._parts(a, b):
+    def _kernel(self, a: list[Array], b: list[Array]) -> Array:
+        """The kernel of rows whose blocks are `_scaled`."""
+        assert self._parameters is not None
+        weights = np.exp(self._parameters[: len(self._scales)])
+        out = np.full((len(a[0]), len(b[0])), _CONSTANT)
+        for i, (weight, one, other) in enumerate(zip(weights, a, b, strict=True)):
             if i in self.linear:
                 out += weight * (one @ other.T)
                 continue
-            r = _radii(one / length, other / length)
+            r = _radii(one, other)
             part = np.exp(-r)
-            r += r * r / 3
+            r *= 1 + r / 3
             r += 1
+            r *= weight
             part *= r
-            part *= weight
             out += part
         return out
 
-    def _prior_variance(self, x: Array) -> Array:
+    def _prior_variance(self, x: list[Array]) -> Array:
         """The diagonal of the kernel `(n,)`."""
-        out = np.full(len(x), _CONSTANT)
-        for i, weight, _, one, _ in self._parts(x, x):
+        assert self._parameters is not None
+        weights = np.exp(self._parameters[: len(self._scales)])
+        out = np.full(len(x[0]), _CONSTANT)
+        for i, (weight, one) in enumerate(zip(weights, x, strict=True)):
             out += weight * (one * one).sum(axis=1) if i in self.linear else weight
         return out
 
-    def _parts(self, a: Array, b: Array) -> Iterator[tuple[int, float, float, Array, Array]]:
-        """A block at a time: its number, weight, length scale, and the scaled rows of both."""
+    def _scaled(self, x: Array) -> list[Array]:
+        """The blocks of rows in units of their length scales; linear ones in those of the data."""
         assert self._parameters is not None
         count = len(self._scales)
-        weights = np.exp(self._parameters[:count])
         lengths = np.exp(self._parameters[count : 2 * count])
-        blocks = zip(self._blocks(a), self._blocks(b), strict=True)
-        for i, (one, other) in enumerate(blocks):
-            scale = self._scales[i]
-            yield i, float(weights[i]), float(lengths[i]), one / scale, other / scale
+        lengths[list(self.linear)] = 1.0
+        units = zip(self._blocks(x), lengths * self._scales, strict=True)
+        return [block / unit for block, unit in units]
 
     def _blocks(self, x: Array) -> list[Array]:
         widths = self.widths or (x.shape[1],)
@@ -191,13 +196,14 @@ class Gaussian(Regressor):
         self._parameters, self._scales = arrays["parameters"], arrays["scales"]
         self._shift, self._unit = (float(v) for v in arrays["unit"])
         self._factor, self._weights = np.ascontiguousarray(arrays["factor"]), arrays["weights"]
+        self._rows = self._scaled(self._x)
 
 
 class GaussianBelief(Belief):
     """A posterior over rows that knows how they hang together."""
 
     def __init__(
-        self, mean: Array, std: Array, model: Gaussian, x: Array, solved: list[Array]
+        self, mean: Array, std: Array, model: Gaussian, x: list[Array], solved: list[Array]
     ) -> None:
         super().__init__(mean, std)
         self._model, self._x, self._solved = model, x, solved
@@ -209,7 +215,7 @@ class GaussianBelief(Belief):
         """
         model = self._model
         assert model._parameters is not None
-        shared = model._kernel(self._x[row : row + 1], self._x)[0]
+        shared = model._kernel([b[row : row + 1] for b in self._x], self._x)[0]
         for part in self._solved:
             shared -= part[:, row] @ part
         noise = float(np.exp(model._parameters[-1]))

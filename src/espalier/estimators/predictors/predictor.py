@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from espalier.errors import DataError, EspalierError
 from espalier.estimators.estimator import Estimator
 from espalier.estimators.predictors import make_regressor
-from espalier.estimators.predictors.features import FeatureMap, OneHot, blocks_of
+from espalier.estimators.predictors.features import Arranged, FeatureMap, blocked, blocks_of
 from espalier.estimators.predictors.regressor import Array, Regressor
 from espalier.problem import Metric, Metrics
 from espalier.space import Candidate, Space
@@ -35,7 +35,8 @@ class Predictor(Estimator):
     """Predicts `metric` of a space's candidates after `fit` or `fit_study`.
 
     - `metric`: its `Metric`, or its name (then it is to be maximised).
-    - `features`: codes `(n, d)` to numbers `(n, k)`; by default the space's own (`OneHot`).
+    - `features`: codes `(n, d)` to numbers `(n, k)`; by default the space's own (`OneHot`). For
+      "gaussian" those without blocks are `Arranged`.
     - `regressor`: a name of `REGRESSORS`, or a `Regressor`.
 
     Errors: `DataError` for rows that can't be learnt from, and where nothing was learnt yet.
@@ -53,7 +54,9 @@ class Predictor(Estimator):
         self.metric = Metric(about.name, about.unit, about.goal, "predicted", about.split)
         self.metrics = (self.metric,)
         self._default = features is None
-        self.features: FeatureMap = OneHot(space) if features is None else features
+        if features is None or regressor == "gaussian":
+            features = blocked(features, space)
+        self.features: FeatureMap = features
         if isinstance(regressor, str):
             blocks = blocks_of(self.features) if regressor == "gaussian" else {}
             regressor = make_regressor(regressor, **blocks)
@@ -131,6 +134,7 @@ class Predictor(Estimator):
             "space": self.space.to_json(),
             "metric": {k: getattr(self.metric, k) for k in ("name", "unit", "goal", "split")},
             "features": "one-hot" if self._default else "own",
+            "arranged": isinstance(self.features, Arranged),
             "columns": int(self._numbers(self._probe()).shape[1]),
             "regressor": {"name": self.regressor.name, "settings": settings},
             "rows": self.rows,
@@ -165,6 +169,8 @@ class Predictor(Estimator):
         except EspalierError as error:
             raise DataError(f"{error}: give regressor=, a function that makes one") from error
         space = Space.from_json(about["space"])
+        if about["arranged"] and features is not None:
+            features = blocked(features, space)
         out = cls(space, Metric(**about["metric"]), features if own else None, made)
         columns = out._numbers(out._probe()).shape[1]
         if columns != about["columns"]:

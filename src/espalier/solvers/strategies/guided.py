@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 
 from espalier.errors import EspalierError, unknown
 from espalier.estimators.predictors import make_regressor
-from espalier.estimators.predictors.features import FeatureMap, OneHot, blocks_of
+from espalier.estimators.predictors.features import FeatureMap, blocked, blocks_of
 from espalier.estimators.predictors.regressor import Belief, Regressor
 from espalier.solvers.strategies.acquisition import (
     ACQUISITIONS,
@@ -45,7 +45,8 @@ _MARGIN = 0.25  # how far inside the limits a row that keeps them is taken to be
 class Guided(Strategy):
     """`initial` random rows, then the best by `acquisition` among `proposals`.
 
-    - `features`: codes `(n, d)` to numbers `(n, k)`; by default the space's own (`OneHot`).
+    - `features`: codes `(n, d)` to numbers `(n, k)`; by default the space's own (`OneHot`). For the
+      Gaussian process those without blocks are `Arranged`.
     - `regressor`: a name of `REGRESSORS`, or a function that makes one; one learns each objective,
       one more the violations as soon as there are any.
     - `acquisition`, `proposals`: names, or slots with their numbers.
@@ -71,7 +72,9 @@ class Guided(Strategy):
         super().__init__(space, seed)
         if initial < 2:
             raise EspalierError(f"a search starts from at least 2 rows, got initial={initial}")
-        self.features = OneHot(space) if features is None else features
+        if features is None or regressor == "gaussian":
+            features = blocked(features, space)
+        self.features: FeatureMap = features
         self.acquisition: Acquisition = _slot("acquisition", acquisition, ACQUISITIONS)
         self.proposals: Proposals = _slot("proposals", proposals, PROPOSALS)
         self.initial = initial

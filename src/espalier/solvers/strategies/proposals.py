@@ -27,6 +27,9 @@ Features = Callable[[Codes], Array]
 Judge = Callable[[Array], Array]  # features to scores, the highest is best
 
 
+_EVERY = 4  # fits between two looks at the whole space
+
+
 class Source(ABC):
     """Candidates that were not proposed yet, with their features."""
 
@@ -45,11 +48,11 @@ class Source(ABC):
 
     def refitted(self) -> None:
         """The regressors have learnt anew: what `judge` said before is out of date."""
-        self.load({"kept": None})
+        return None
 
     def state(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"kept": None}
+        return {}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state`."""
@@ -68,16 +71,18 @@ class Proposals(ABC):
 class Everything(Proposals):
     """All rows of a space that can be listed, up to `limit`.
 
-    After every fit all are scored, and the best `keep` of them looked at until the next. Rows of
-    equal features are one; the first of them in the space's order stands for the others.
+    After every fourth fit all are scored, after the others the best `wide` of them; the best `keep`
+    are looked at until the next fit. Rows of equal features are one; the first of them in the
+    space's order stands for the others.
     """
 
     limit: int = 50_000
-    keep: int = 400
+    wide: int = 2000
+    keep: int = 200
 
     def begin(self, space: Space, features: Features) -> Source:
         """Lists the space. Errors: `SpaceError` where it has more rows, or a real decision."""
-        return _Listing(space.enumerate(self.limit), space, features, self.keep)
+        return _Listing(space.enumerate(self.limit), space, features, self)
 
 
 @dataclass(frozen=True)
@@ -121,18 +126,21 @@ PROPOSALS: dict[str, Proposals] = {
 
 
 class _Listing(Source):
-    def __init__(self, codes: Codes, space: Space, features: Features, keep: int) -> None:
+    def __init__(self, codes: Codes, space: Space, features: Features, numbers: Everything) -> None:
         if len(codes) == 0:
             raise EspalierError("the space has no valid row: loosen its constraints")
         x = np.ascontiguousarray(features(codes), dtype=np.float64)
         lines = np.ascontiguousarray(x).view(np.dtype((np.void, x.shape[1] * x.itemsize)))[:, 0]
         _, first, of = np.unique(lines, return_index=True, return_inverse=True)
         order = np.argsort(of, kind="stable")  # rows of equal features side by side
-        self.space, self.codes, self.of, self.keep = space, codes[order], of[order], keep
+        self.space, self.codes, self.of = space, codes[order], of[order]
+        self.wide, self.keep = numbers.wide, numbers.keep
         self.x = x[first]
         self._place = {key: i for i, key in enumerate(space.keys(self.codes).tolist())}
         self._taken = np.zeros(len(codes), dtype=np.bool_)
-        self._kept: Index | None = None
+        self._kept: Index | None = None  # classes looked at until the next fit
+        self._wide: Index | None = None  # classes scored after it
+        self._fits = 0
 
     def pool(
         self, parents: Codes, seen: Seen, judge: Judge, n: int, rng: np.random.Generator
@@ -143,8 +151,7 @@ class _Listing(Source):
         rows = free[first]
         if len(rows) > self.keep:
             if self._kept is None:
-                score = judge(self.x[classes])
-                self._kept = np.sort(classes[np.argsort(-score, kind="stable")[: self.keep]])
+                self._kept = self._best(classes, judge)
             some = np.isin(classes, self._kept, assume_unique=True)
             if some.sum() >= max(4 * n, self.keep // 4):
                 rows, classes = rows[some], classes[some]
@@ -153,19 +160,37 @@ class _Listing(Source):
             classes = self.of[free]
         return self.codes[rows], self.x[classes]
 
+    def _best(self, classes: Index, judge: Judge) -> Index:
+        """Whom to keep; now and then also chooses whom to score the next times."""
+        some = classes
+        if self._wide is not None and self._fits % _EVERY:
+            some = np.intersect1d(classes, self._wide, assume_unique=True)
+        order = some[np.argsort(-judge(self.x[some]), kind="stable")]
+        if len(some) == len(classes):
+            self._wide = np.sort(order[: self.wide])
+        self._fits += 1
+        return np.asarray(np.sort(order[: self.keep]))
+
     def taken(self, codes: Codes) -> None:
         """Never given again."""
         for key in self.space.keys(codes).tolist():
             if key in self._place:
                 self._taken[self._place[key]] = True
 
+    def refitted(self) -> None:
+        """Scores again at the next pool."""
+        self._kept = None
+
     def state(self) -> dict[str, Any]:
         """Which were kept."""
-        return {"kept": None if self._kept is None else pack(self._kept)}
+        kept, wide = (None if v is None else pack(v) for v in (self._kept, self._wide))
+        return {"kept": kept, "wide": wide, "fits": self._fits}
 
     def load(self, state: dict[str, Any]) -> None:
         """Keeps the same."""
         self._kept = None if state["kept"] is None else unpack(state["kept"])
+        self._wide = None if state["wide"] is None else unpack(state["wide"])
+        self._fits = int(state["fits"])
 
 
 class _Children(Source):

@@ -1,0 +1,171 @@
+"""Predictors: Kendall's tau against the number of networks they were trained on.
+
+On NAS-Bench-201 (CIFAR-10 and CIFAR-100): each predictor learns from 10, 20, 50, 78, 156 and 500 cells
+drawn at random with their validation accuracy, and ranks all other cells of the table; tau is taken
+against their validation accuracy. 78 is half a percent of the cells and 156 one percent, as in GATES
+(Ning et al., 2020) and DELE (Zhao et al., 2023). The weight count ranks without learning: the baseline.
+
+    ESPALIER_DATA=... python benchmarks/predictors.py [--seeds 10] [--only "gaussian, encode"]
+
+Needs `espalier[tables,trees]`. Writes results/predictors.json beside this file: mean and standard
+error over seeds (every seed draws its own cells), and each seed's tau. What a run does not cover is kept.
+
+A predictor is a line of `PREDICTORS`: a function of the table that gives something with
+`fit(codes, values, seed)` and `predict(codes) -> (mean, deviation)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from espalier.bench import tables
+from espalier.bench.table import Table
+from espalier.bench.tables.nb201_features import paths
+from espalier.estimators.predictors import Predictor
+from espalier.estimators.predictors.features import Adjacency, Neighbourhoods, OneHot
+
+RESULT = Path(__file__).parent / "results" / "predictors.json"
+SIZES = (10, 20, 50, 78, 156, 500)
+TABLES = ("nb201:dataset=cifar10", "nb201:dataset=cifar100")
+
+
+class Ranks(Protocol):
+    """What a predictor must do here."""
+
+    def fit(self, codes: Any, values: Any, seed: int = 0) -> Any:
+        """Learns."""
+
+    def predict(self, codes: Any) -> tuple[Any, Any]:
+        """Means and deviations."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Features of all rows of a table, computed once and looked up."""
+
+    table: Table
+    rows: np.ndarray
+    widths: tuple[int, ...]
+    linear: tuple[int, ...] = ()
+
+    def __call__(self, codes: Any) -> np.ndarray:
+        return self.rows[self.table.rows(codes)]
+
+
+_FEATURES: dict[tuple[str, str], Known] = {}
+
+
+def known(table: Table, name: str) -> Known:
+    """One of the feature maps on a whole table."""
+    if (table.name, name) not in _FEATURES:
+        assert table.encode is not None
+        assert table.graphs is not None
+        made: dict[str, Any] = {
+            "one-hot": OneHot(table.space),
+            "paths": paths,
+            "adjacency": Adjacency(table.graphs),
+            "neighbourhoods": Neighbourhoods(table.graphs),
+            "encode": table.encode,
+        }
+        x = made[name](table.codes)
+        widths = tuple(getattr(made[name], "widths", (x.shape[1],)))
+        linear = tuple(getattr(made[name], "linear", ()))
+        _FEATURES[table.name, name] = Known(table, x, widths, linear)
+    return _FEATURES[table.name, name]
+
+
+def plain(regressor: str, features: str) -> Callable[[Table], Ranks]:
+    """A regressor by name on features by name."""
+    return lambda table: Predictor(table.space, table.validation, known(table, features), regressor)
+
+
+class Weights:
+    """The weight count, as a ranking that learns nothing."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def fit(self, codes: Any, values: Any, seed: int = 0) -> None:
+        """Nothing to learn."""
+
+    def predict(self, codes: Any) -> tuple[Any, Any]:
+        """Parameters."""
+        found = self.table.columns["params"][self.table.rows(codes)]
+        return found, np.zeros(len(found))
+
+
+PREDICTORS: dict[str, Callable[[Table], Ranks]] = {
+    "weight count": Weights,
+    "gaussian, encode": plain("gaussian", "encode"),
+    "gaussian, one-hot": plain("gaussian", "one-hot"),
+    "gaussian, paths": plain("gaussian", "paths"),
+    "gaussian, neighbourhoods": plain("gaussian", "neighbourhoods"),
+    "gaussian, adjacency": plain("gaussian", "adjacency"),
+    "extra_trees, encode": plain("extra_trees", "encode"),
+    "extra_trees, one-hot": plain("extra_trees", "one-hot"),
+    "forest, encode": plain("forest", "encode"),
+    "forest, one-hot": plain("forest", "one-hot"),
+    "boosting, encode": plain("boosting", "encode"),
+    "boosting, one-hot": plain("boosting", "one-hot"),
+    "mlp, encode": plain("mlp", "encode"),
+    "mlp, paths": plain("mlp", "paths"),
+}
+
+
+def measured(table: Table, make: Callable[[Table], Ranks], seeds: int) -> dict[str, Any]:
+    """Tau at every size, and seconds of a fit and a prediction of the whole table."""
+    values = table.columns[table.validation]
+    taus: dict[int, list[float]] = {size: [] for size in SIZES}
+    seconds: dict[int, list[float]] = {size: [] for size in SIZES}
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(table))
+        for size in SIZES:
+            train, rest = order[:size], order[size:]
+            start = time.process_time()
+            model = make(table)
+            model.fit(table.codes[train], values[train], seed)
+            mean, _ = model.predict(table.codes[rest])
+            seconds[size].append(time.process_time() - start)
+            taus[size].append(float(kendalltau(mean, values[rest]).statistic))
+    return {
+        "seeds": seeds,
+        "tau": {str(s): round(float(np.mean(t)), 4) for s, t in taus.items()},
+        "standard_error": {
+            str(s): round(float(np.std(t, ddof=1) / np.sqrt(seeds)), 4) for s, t in taus.items()
+        },
+        "seconds": {str(s): round(float(np.mean(t)), 3) for s, t in seconds.items()},
+        "each_seed": {str(s): np.round(t, 4).tolist() for s, t in taus.items()},
+    }
+
+
+def main() -> None:
+    """Measures what is asked for, and puts it into the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--tables", default=";".join(TABLES), help="separated by semicolons")
+    parser.add_argument("--only", default=";".join(PREDICTORS), help="the same")
+    given = parser.parse_args()
+    for predictor in given.only.split(";"):
+        for name in given.tables.split(";"):
+            row = measured(tables.load(name), PREDICTORS[predictor], given.seeds)
+            result = json.loads(RESULT.read_text()) if RESULT.exists() else {"tables": {}}
+            result["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version()}
+            result["tables"].setdefault(name, {})[predictor] = row
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            shown = " ".join(f"{row['tau'][str(s)]:.3f}" for s in SIZES)
+            print(f"{name:24} {predictor:26} {shown}  {row['seconds']['500']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
