@@ -273,7 +273,7 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the race; by default runs/bench-TABLE. It can be gone on with."
+            help="Folder of the race; if not given, one under runs/ that the same call finds again."
         ),
     ] = None,
     as_json: Json = False,
@@ -287,8 +287,7 @@ def bench(
     Example: `espalier bench --table nb201:dataset=cifar100 --strategies random,evolution,guided
     --queries 300 --seeds 100 --jobs 2 --out runs/bench`
     """
-    hint = " Go on with the same command." if out else ""
-    with _one_line_errors(hint):
+    with _one_line_errors(" Go on with the same command."):
         from espalier.bench.command import bench as run
 
         result, files = run(

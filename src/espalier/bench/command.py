@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 import sys
@@ -50,7 +52,8 @@ def bench(
 
         table = tables.load(table)
     judged = {name: judge_column(table, name) for name in estimators}
-    where = out or Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", f"bench-{table.name}")
+    settings = (queries, batch, workers, list(objectives or ()), dict(within or {}))
+    where = out or _folder(table.name, settings)
     with display(quiet) as progress:
         found = race(
             table,
@@ -74,6 +77,12 @@ def bench(
     }
     files = page.write(result, where)
     return {**result, "files": {kind: str(path) for kind, path in files.items()}}, files
+
+
+def _folder(table: str, settings: Any) -> Path:
+    """A folder of its own for every setting, so that the same call finds its runs again."""
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:6]
+    return Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", f"bench-{table}-{digest}")
 
 
 def judge_column(table: Table, name: str, resamples: int = 100) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def verdicts(result: Mapping[str, Any], queries: int, seeds: int) -> list[str]:
         budget = "1 query" if queries == 1 else f"{queries} queries"
         line = f"{name} is {word(test)} than random search at equal budget ({budget}): "
         line += f"{figures}, {chance(test['p_holm'])} after Holm, {seeds} "
-        line += "seed." if seeds == 1 else "seeds."
+        line += "seed" if seeds == 1 else "seeds"
+        ahead = word(test) == "not better" and test["difference"] < 0
+        line += "; its lead may be luck." if ahead else "."
         out.append(line)
     least = fewest(len(names))
     if names and seeds < least:
@@ -59,12 +61,8 @@ def verdicts(result: Mapping[str, Any], queries: int, seeds: int) -> list[str]:
 
 
 def word(test: Mapping[str, Any]) -> str:
-    """How a strategy stands against the baseline: ahead without proof is not the same as level."""
-    if test["better"]:
-        return "better"
-    if test["worse"]:
-        return "worse"
-    return "not shown to be better" if test["difference"] < 0 else "not better"
+    """How a strategy stands against the baseline."""
+    return "better" if test["better"] else "worse" if test["worse"] else "not better"
 
 
 def fewest(strategies: int) -> int:
