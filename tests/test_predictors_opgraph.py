@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ from espalier.errors import DataError
 from espalier.estimators.predictors.opgraph import (
     NUMBERS,
     Operator,
+    OpGraph,
     canonical,
     from_onnx,
     from_torch,
@@ -156,6 +158,13 @@ def test_graphs_are_stacked_with_padding() -> None:
     known = stack([graph], ("", "Conv", "?"))
     assert known.operators[0].tolist() == [1, 2, 1, 2, 2, 2]
     assert len(both.take([1])) == 1
+
+
+def test_a_graph_survives_json() -> None:
+    graph = from_onnx(to_onnx(Tiny(), EXAMPLE, fast=True))
+    again = OpGraph.from_json(json.loads(json.dumps(graph.to_json())))
+    assert again == graph
+    assert again.lines() == graph.lines()
 
 
 def test_what_it_refuses() -> None:

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,15 @@ class OpGraph:
     def params(self) -> int:
         """Elements of all weights."""
         return sum(math.prod(w) for o in self.operators for w in o.weights)
+
+    def to_json(self) -> list[Any]:
+        """Plain JSON, which `from_json` reads."""
+        return [[getattr(o, f.name) for f in fields(o)] for o in self.operators]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> OpGraph:
+        """The graph that `to_json` wrote."""
+        return cls(tuple(Operator(*(_frozen(part) for part in row)) for row in data))
 
     def lines(self) -> tuple[str, ...]:
         """The network as text, a line an operator, after ONNX-Net."""
@@ -401,6 +410,10 @@ def _torch_settings(
             sizes = sizes * (len(weights[0]) - 2) if len(sizes) == 1 else sizes
         out[name] = _text(tuple(int(s) for s in sizes))
     return tuple(sorted(out.items()))
+
+
+def _frozen(part: Any) -> Any:
+    return tuple(_frozen(p) for p in part) if isinstance(part, list) else part
 
 
 def _text(sizes: Sizes) -> str:
