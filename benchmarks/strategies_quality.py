@@ -45,7 +45,7 @@ LEFT_OUT = ("halving", "hyperband", "asha", "bohb")
 # is not built for this Python; NASLib is in no package index
 PUBLISHED = ("evolution:population=30,sample=10", "evolution:population=10,sample=3")
 # the seeds of what is too slow for all of them
-FEWER = {"optuna-gp": 10, "gp": 10, "neps-bo": 3, "optuna-tpe": 50, "tpe": 50, "cmaes": 50}
+FEWER = {"optuna-gp": 5, "gp": 5, "neps-bo": 3, "optuna-tpe": 50, "tpe": 50, "cmaes": 50}
 # and its queries: Bayesian optimisation in NePS takes seconds a proposal
 SHORTER = {"neps-bo": 50}
 
