@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from espalier.errors import DataError, EspalierError
+from espalier.estimators.predictors import Predictor
 from espalier.estimators.predictors.cells import NB201, Cell
 from espalier.estimators.predictors.encoders import (
     GCN,
@@ -24,6 +26,7 @@ from espalier.estimators.predictors.inputs import Reader
 from espalier.estimators.predictors.ranking import Learning, hinge
 from espalier.estimators.predictors.scale import Scale
 from espalier.estimators.predictors.scorer import Shape
+from espalier.space import Space, choice
 
 RNG = np.random.default_rng(0)
 CODES = RNG.integers(0, 5, (60, 6))
@@ -270,5 +273,29 @@ def test_what_it_refuses() -> None:
         Gates(NB201).fit(CODES[:1], [1.0])
     with pytest.raises(DataError, match="finite"):
         Gates(NB201).fit(CODES[:2], [1.0, float("nan")])
+    with pytest.raises(EspalierError, match="steps=0"):
+        Learning(steps=0)
     with pytest.raises(EspalierError, match="unknown encoder 'gats'"):
         Gates(NB201, shape=Shape("gats")).fit(CODES, quality(CODES))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 10, 19])
+def test_few_steps_are_taken_too(steps: int) -> None:
+    learned = Gates(NB201, shape=SMALL, learning=Learning(steps=steps))
+    learned.fit(CODES, quality(CODES))
+    assert np.isfinite(learned.predict(CODES)[0]).all()
+
+
+def test_it_is_an_estimator_s_regressor(tmp_path: Path) -> None:
+    def make() -> Gates:
+        return Gates(NB201, shape=SMALL, learning=Learning(steps=10))
+
+    space = Space([choice(f"op{i}", *NB201.operators) for i in range(6)])
+    codes = CODES.astype(space.dtype)
+    predictor = Predictor(space, "accuracy", lambda c: c.astype(float), make())
+    predictor.fit(codes, quality(CODES))
+    predictor.save(tmp_path)
+    again = Predictor.load(tmp_path, lambda c: c.astype(float), make)
+    assert np.array_equal(again.predict(codes), predictor.predict(codes))
+    metrics = predictor.estimate(space.decode(codes[:3]))
+    assert metrics["accuracy"] == pytest.approx(predictor.predict(codes[:3])[0], rel=1e-4)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.errors import EspalierError
 from espalier.estimators.predictors.inputs import Batch
 
 
@@ -26,6 +27,13 @@ class Learning:
     batch: int = 128
     margin: float = 0.1
     gap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 2 or not self.rate > 0:
+            raise EspalierError(
+                "learning takes 1 step or more, a batch of 2 or more and a rate above 0, got "
+                f"steps={self.steps}, batch={self.batch}, rate={self.rate}"
+            )
 
 
 def hinge(scores: Tensor, labels: Tensor, margin: float, gap: float = 0.0) -> Tensor:
@@ -61,7 +69,11 @@ def learn(
         weight_decay=learning.decay,
     )
     rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, learning.rate, total_steps=learning.steps, pct_start=0.1
+        optimiser,
+        learning.rate,
+        # its first phase must be longer than a step: too few steps are the begin of more
+        total_steps=max(learning.steps, 8),
+        pct_start=max(0.1, 2 / max(learning.steps, 8)),
     )
     scorer.train()
     left = torch.empty(0, dtype=torch.long)
