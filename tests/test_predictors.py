@@ -145,6 +145,8 @@ def test_gaussian_gradient_is_that_of_its_value():
     _, gradient = _negative_log_posterior(p, *args)
     numeric = approx_fprime(p, lambda q: _negative_log_posterior(q, *args)[0], 1e-6)
     assert np.allclose(gradient, numeric, rtol=1e-3, atol=1e-3)
+    with np.errstate(all="raise"):  # a line search that leaps comes back
+        assert _negative_log_posterior(800 * np.ones(7), *args)[0] == 1e10
 
 
 def test_gaussian_conditions_as_if_the_row_were_observed():

@@ -21,6 +21,7 @@ from espalier.estimators.predictors.regressor import Array, Belief, Regressor, c
 _JITTER = 1e-6
 _CONSTANT = 1.0  # variance of the unknown mean, in units of the values' own
 _LINEAR = 0.3  # where the prior of the weight of a linear kernel is centred
+_FARTHEST = 20.0  # of a logarithm from 0
 _SPREAD = (1.5, 0.8, 1.0)  # of the priors: logarithms of weights, length scales, noise
 
 
@@ -233,6 +234,8 @@ def _negative_log_posterior(
     `bases` are radii of rows, or inner products where a block is linear.
     """
     count, n = len(bases), len(y)
+    if np.abs(p).max() > _FARTHEST:  # a line search that leaps
+        return 1e10, np.zeros_like(p)
     weights, lengths, noise = np.exp(p[:count]), np.exp(p[count:-1]), np.exp(p[-1])
     kernel = np.full((n, n), _CONSTANT)
     slopes: list[Array | None] = [None] * (2 * count)
