@@ -161,5 +161,33 @@ A search does not need every pair in the right order: it needs the best networks
 So each estimator is judged by its order, by how many of the truly best are among its best, by the best
 network it would have found, and by whom it favours: networks of which size, with which operators. The
 same random cells are scored twice, with other weights and another batch.
+
+## What was found here
+
+`python benchmarks/recipes.py ose-zse-eval --scale cpu --seeds 1`: 100 random cells of NAS-Bench-201, batch
+16, against the CIFAR-10 test accuracy; one cell lets no signal through and has no score. Brackets are 95%
+bootstrap intervals over cells. The last column: how much further above their true place the largest fifth
+is put than the smallest, in per cent of all places.
+
+| estimator | Kendall's tau | second run | Spearman | P@10% | BR@5% | favours large |
+| --- | --- | --- | --- | --- | --- | --- |
+| params, macs | 0.59 (0.50 to 0.66) | the same | 0.76 | 0.40 | 0.02 | +15 |
+| zico | 0.57 (0.49 to 0.65) | 0.56 | 0.77 | 0.40 | 0.02 | +1 |
+| naswot | 0.56 (0.47 to 0.66) | 0.56 | 0.74 | 0.40 | 0.04 | -9 |
+| synflow | 0.55 (0.45 to 0.64) | 0.55 | 0.75 | 0.40 | 0.01 | +2 |
+| l2 | 0.52 (0.43 to 0.60) | 0.47 | 0.71 | 0.40 | 0.04 | +3 |
+| jacob_cov | 0.49 (0.39 to 0.59) | 0.49 | 0.64 | 0.10 | 0.12 | -35 |
+| epe_nas | 0.43 (0.31 to 0.54) | 0.45 | 0.59 | 0.20 | 0.09 | -33 |
+| snip | 0.39 (0.29 to 0.50) | 0.39 | 0.56 | 0.20 | 0.04 | -13 |
+| grad_norm | 0.39 (0.28 to 0.51) | 0.38 | 0.56 | 0.20 | 0.04 | -12 |
+| zen | 0.35 (0.20 to 0.48) | 0.34 | 0.46 | 0.20 | 0.04 | -9 |
+| fisher | 0.31 (0.19 to 0.44) | 0.31 | 0.43 | 0.20 | 0.04 | -20 |
+| plain | -0.10 (-0.21 to 0.01) | -0.18 | -0.17 | 0.00 | 0.35 | -78 |
+
+The claims hold: counting weights orders these cells at least as well as any of the eleven proxies (the
+intervals of the best four overlap with it), and the second run of every proxy is within the interval of
+the first. Proxies of gradients and of the Jacobian place large cells too low, counts place them too high;
+zico, synflow and l2 are nearly fair to size. By operator (the shift in places for one more of it): synflow
+overrates average pooling (+8%), zen pooling and skips (+11%, +10%), naswot 1x1 convolutions (+12%).
 """,
 )
