@@ -10,10 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from espalier.bench.tables.digits import FILE
-
-ships = pytest.mark.skipif(not FILE.exists(), reason="the table of digits is not made yet")
-
 
 def espalier(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != "ESPALIER_DATA"}
@@ -23,7 +19,6 @@ def espalier(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-@ships
 def test_with_no_data_at_all_it_runs_on_the_table_that_ships(tmp_path: Path) -> None:
     words = ("bench", "--strategies", "random,evolution", "--queries", "30", "--seeds", "6")
     done = espalier(*words, "--out", tmp_path / "a", "--json")
@@ -40,7 +35,6 @@ def test_with_no_data_at_all_it_runs_on_the_table_that_ships(tmp_path: Path) -> 
     assert "report: " in shown.stdout
 
 
-@ships
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
