@@ -44,8 +44,18 @@ LEFT_OUT = ("halving", "hyperband", "asha", "bohb")
 # The script itself is in xautodl's repository but not in its package, which moreover pins a numpy that
 # is not built for this Python; NASLib is in no package index
 PUBLISHED = ("evolution:population=30,sample=10", "evolution:population=10,sample=3")
-# the seeds of what is too slow for all of them
-FEWER = {"optuna-gp": 5, "gp": 5, "neps-bo": 3, "optuna-tpe": 50, "tpe": 50, "cmaes": 50}
+# the seeds of what is too slow for all of them, so that the whole takes about an hour
+FEWER = {
+    "optuna-gp": 3,
+    "gp": 3,
+    "neps-bo": 3,
+    "neps-evolution": 20,
+    "optuna-tpe": 30,
+    "tpe": 30,
+    "cmaes": 30,
+    "reinforce": 30,
+    "pymoo-ga": 50,
+}
 # and its queries: Bayesian optimisation in NePS takes seconds a proposal
 SHORTER = {"neps-bo": 50}
 
