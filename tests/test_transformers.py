@@ -89,13 +89,21 @@ def test_adamw_learns_and_repeats():
     family = GPT(task.shape, task.classes)
     chosen = {"depth": 1, "width": 32, "ratio": 2, "heads": 2}
 
-    def trained():
+    def trained(**part):
         torch.manual_seed(0)
         network = family.build(family.space.candidate(chosen))
-        fit_adamw(network, task, 60, seed=1)
-        return network
+        before = [p.clone() for p in network.parameters()]
+        fit_adamw(network, task, part.pop("steps", 60), seed=1, **part)
+        moved = sum(
+            float((a - b).detach().abs().sum())
+            for a, b in zip(network.parameters(), before, strict=True)
+        )
+        return network, moved
 
-    one, two = trained(), trained()
+    (one, _), (two, _) = trained(), trained(of=60)
+    _, early = trained(steps=2, after=10, of=60)
+    _, late = trained(steps=2, after=58, of=60)
+    assert late < early / 10, "a part of a longer training has its rates"
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert evaluate(one, task, "validation")["bits_per_byte"] < 6.0
 

@@ -45,7 +45,8 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     kept = _Kept(None if out is None else out / "as_vit.json", f"{scale} {seed}")
     rows = ranking(task, networks, steps, seed, kept)
     grown = growth(task, rows, sizes, steps, repeats, seed, kept)
-    tokens = progressive(task, steps, ways, seed, kept)
+    # coarse tokens pay off in a training long enough to make up for them
+    tokens = progressive(task, 3 * steps, ways, seed, kept)
     found = _ranking_check(rows, seed)
     wins = sum(one["grown"] > one["uniform"] for one in grown)
     return {
@@ -121,12 +122,12 @@ def ranking(task: Task, networks: int, steps: int, seed: int, kept: _Kept) -> li
     drawn = family.space.sample(2 * networks, np.random.default_rng([seed, 1]))
     chosen = family.space.decode(drawn[family.space.unique(drawn)][:networks])
 
-    def one(candidate: Candidate) -> dict[str, Any]:
-        found = complexities(family, candidate, task, seed)
-        accuracy = trained(family, candidate, task, steps, seed)
-        return {"candidate": candidate.to_json(), **found, "accuracy": accuracy}
-
-    return [kept(f"rank {c.text}", lambda c=c: one(c)) for c in chosen]  # type: ignore[misc]
+    rows = []
+    for c in chosen:
+        found = kept(f"scores {c.text}", lambda c=c: complexities(family, c, task, seed))  # type: ignore[misc]
+        accuracy = kept(f"train {c.text}", lambda c=c: trained(family, c, task, steps, seed))  # type: ignore[misc]
+        rows.append({"candidate": c.to_json(), **found, "accuracy": accuracy})
+    return rows
 
 
 def _ranking_check(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -275,29 +276,31 @@ def _params(family: ViT, candidate: Candidate, task: Task) -> int:
 def progressive(task: Task, steps: int, repeats: int, seed: int, kept: _Kept) -> dict[str, Any]:
     """Half of the steps on tokens of stride 4, the rest on stride 2 with the same weights, against
     stride 2 throughout."""
-    family = ViT(task.shape, task.classes, kernel=(4,), stride=(2, 4), depth=(3,), width=(48,))
-    options = {"kernel": 4, "depth": 3, "width": 48, "ratio": 2, "heads": 4}
+    family = ViT(task.shape, task.classes, kernel=(4,), stride=(2, 4), depth=(4,), width=(64,))
+    options = {"kernel": 4, "depth": 4, "width": 64, "ratio": 2, "heads": 4}
     fine, coarse = (family.space.candidate({**options, "stride": s}) for s in (2, 4))
 
-    def plain(repeat: int) -> dict[str, float]:
-        network = built(family, fine, seed, repeat)
+    def timed(train: Callable[[], nn.Module]) -> dict[str, float]:
         start = time.process_time()
-        fit_adamw(network, task, steps, mixed(seed, repeat), lr=2e-3, batch=32)
+        network = train()
         spent = time.process_time() - start
         return {"seconds": spent, **evaluate(network, task, "test")}
 
-    def staged(repeat: int) -> dict[str, float]:
-        network = built(family, coarse, seed, repeat)
-        start = time.process_time()
-        half = steps // 2
-        fit_adamw(network, task, half, mixed(seed, repeat), lr=2e-3, batch=32)
-        larger = finer(network, built(family, fine, seed, repeat))
-        fit_adamw(larger, task, steps - half, mixed(seed, repeat, 1), lr=2e-3, batch=32)
-        spent = time.process_time() - start
-        return {"seconds": spent, **evaluate(larger, task, "test")}
+    def plain(repeat: int) -> nn.Module:
+        network = built(family, fine, seed, repeat)
+        fit_adamw(network, task, steps, mixed(seed, repeat), lr=2e-3, batch=128)
+        return network
 
-    ones = [kept(f"plain {r}", lambda r=r: plain(r)) for r in range(repeats)]  # type: ignore[misc]
-    others = [kept(f"staged {r}", lambda r=r: staged(r)) for r in range(repeats)]  # type: ignore[misc]
+    def staged(repeat: int) -> nn.Module:
+        network = built(family, coarse, seed, repeat)
+        half, own = steps // 2, mixed(seed, repeat)
+        fit_adamw(network, task, half, own, lr=2e-3, batch=128, of=steps)
+        larger = finer(network, built(family, fine, seed, repeat))
+        fit_adamw(larger, task, steps - half, own, lr=2e-3, batch=128, after=half, of=steps)
+        return larger
+
+    ones = [kept(f"plain {r}", lambda r=r: timed(lambda: plain(r))) for r in range(repeats)]  # type: ignore[misc]
+    others = [kept(f"staged {r}", lambda r=r: timed(lambda: staged(r))) for r in range(repeats)]  # type: ignore[misc]
     seconds = [sum(o["seconds"] for o in group) for group in (ones, others)]
     accuracy = [float(np.mean([o["accuracy"] for o in group])) for group in (ones, others)]
     return {

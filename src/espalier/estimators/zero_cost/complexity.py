@@ -55,10 +55,11 @@ def _flat(found: Sequence[Tensor]) -> Tensor:
 def length_distortion(
     network: nn.Module, shape: Sequence[int], seed: int = 0, points: int = 64
 ) -> float:
-    """Log of how much longer a circle of inputs is at the output: its length there over 2 pi.
+    """Log of how much longer a circle of inputs is in the features: its length there over 2 pi.
 
-    The circle has radius 1 in the plane of two orthonormal directions drawn from `seed`, is taken
-    at `points` places, and norms are left out, as published.
+    The features are what the last linear layer reads (the outputs, where there is none). The circle
+    has radius 1 in the plane of two orthonormal directions drawn from `seed`, is taken at `points`
+    places, and norms are left out, as published.
     """
     random = torch.Generator().manual_seed(seed)
     plane = torch.linalg.qr(torch.randn(math.prod(shape), 2, generator=random))[0]
@@ -69,9 +70,26 @@ def length_distortion(
         network.eval()  # norms do nothing: they need not count batches either
         like = next(network.parameters())
         places, ways = (t.reshape(-1, *shape).to(like) for t in (circle, along))
-        speed: Tensor = torch.func.jvp(network, (places,), (ways,))[1]
+        speed: Tensor = torch.func.jvp(_features(network), (places,), (ways,))[1]
     length = float(speed.flatten(1).double().norm(dim=1).mean())
     return math.log(max(length, torch.finfo(torch.float32).tiny))
+
+
+def _features(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The network up to what its last linear layer reads."""
+
+    def run(x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+        handles = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]
+        try:
+            seen.insert(0, network(x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[-1]
+
+    return run
 
 
 class WithoutNorms(TorchFunctionMode):
