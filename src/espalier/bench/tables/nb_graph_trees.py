@@ -130,7 +130,8 @@ def _fathers(domain: Space, codes: Codes) -> NDArray[np.int64]:
     """The settled tree of each row `(n, 4)`."""
     skip = domain["op0"].options.index("skip")
     idle = (np.asarray(codes[:, 1:]) == skip) @ (1 << np.arange(_NODES)[::-1])
-    return _SETTLED[np.asarray(codes[:, 0], dtype=np.int64), idle]
+    found: NDArray[np.int64] = _SETTLED[np.asarray(codes[:, 0], dtype=np.int64), idle]
+    return found
 
 
 _SETTLED = np.array(
