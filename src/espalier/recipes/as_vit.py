@@ -348,5 +348,21 @@ RECIPE = Recipe(
 Both complexities are computed on networks with fresh weights, averaged over three draws. The seed
 topology is the one with the best mean sum of ranks among the networks sampled, where As-ViT runs
 REINFORCE on the same two numbers.
+
+Obtained here by `espalier recipe run as-vit --scale cpu --seed 0` (60 transformers of digits, 160
+steps each). Kendall's tau with test accuracy is 0.47 for the length distortion (0.3 was asked),
+0.17 for the condition number, 0.57 for parameters and 0.56 for multiply-accumulates. The ranking
+part fails all the same: among networks of about equal multiply-accumulates the length distortion
+knows nothing (tau 0.02 within 8 bins), and shuffled inside those bins it still reaches 0.51 in
+one of twenty draws: it measures width.
+
+Growth fails too, ahead at 1 of 3 sizes (means of 3 trainings). 6,000 parameters: 61.7% grown
+(depth 2, width 16), 61.7% uniform (depth 2, width 16); 16,000 parameters: 75.2% grown (depth 2,
+width 28), 78.0% uniform (depth 3, width 24); 40,000 parameters: 87.4% grown (depth 2, width 44),
+86.4% uniform (depth 4, width 32).
+
+Progressive tokens, 480 steps, means of 4 trainings: 35% of the processor time saved, 97.4% with
+fine tokens only, 96.9% with coarse ones first: this part holds. One seed only. These transformers
+are hundreds of times smaller than the published ones and trained for seconds.
 """,
 )
