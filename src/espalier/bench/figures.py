@@ -43,8 +43,9 @@ def _regret(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     unit = unit_name(result["unit"])
     title = f"mean test regret{f' ({unit})' if unit else ''}"
     views = [
-        _view("over queries", result["curves"], "queries", "queries", title),
+        # the first queries lose so much that on a linear scale all that follows is one line
         _view("over queries, log scale", result["curves"], "queries", "queries", title, log=True),
+        _view("over queries", result["curves"], "queries", "queries", title),
     ]
     if result["time"]:
         known = result["seconds_known"]
