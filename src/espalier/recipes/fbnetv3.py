@@ -294,5 +294,26 @@ recipe that the networks of the table "digits" were trained with, and random joi
 What differs from the paper: every training runs to the end (the paper stops at an epoch from which
 the order is stable), the pool is random and not quasi-random, and there are several predictors
 whose spread counts as hope.
+
+## What it gave here
+
+`python benchmarks/recipes.py fbnetv3 --scale cpu --seeds 5`: digits, 60 trainings of 9 epochs a
+search, at most 40,000 multiply-accumulates. Test accuracy of what was chosen, in percent (mean,
+standard deviation and range over 5 seeds):
+
+| search | test accuracy |
+| --- | --- |
+| joint | 96.01 +- 1.22 (94.07 to 97.00) |
+| architectures alone | 95.20 +- 0.60 (94.27 to 95.67) |
+| random joint | 95.15 +- 0.91 (94.13 to 96.33) |
+
+Joint search is ahead of architectures alone in 4 of 5 seeds, which is what the check asks. It asks
+for no more than the sign: the mean gap of 0.8 points is below one standard deviation, and in seed 0
+joint search is 1.5 points behind. It is ahead of random joint search in 3 of 5 seeds only (by 0.9
+points in the mean), so an advantage over random search is not shown.
+
+Pretraining raises Kendall's tau at 20 labels in 5 of 5 seeds, from 0.547 +- 0.022 to 0.706 +- 0.022
+(the other 2,626 networks of the table "digits", 5 draws a seed). But the bare number of parameters
+reaches 0.717 with no label at all: what the predictor gains is mostly what the statistics know.
 """,
 )
