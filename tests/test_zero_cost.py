@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -133,6 +135,16 @@ def test_fisher_is_taken_channel_by_channel(make):
             product = (out * out.grad)[:, channel].reshape(len(X), -1).sum(1)
             expected += float(product.detach().square().mean()) / 2 * layer.weight[0].numel()
     assert scores(make(), X, Y, ("fisher",))["fisher"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_fisher_lets_go_of_the_graph():
+    made, left = net(), []
+    handle = made.first[1].register_forward_hook(lambda _, a, out: left.append(weakref.ref(out)))
+    scores(made, X, Y, ("fisher", "jacob_cov", "naswot"))
+    handle.remove()
+    gc.collect()
+    assert left
+    assert all(ref() is None for ref in left)
 
 
 def test_fisher_survives_activations_in_place():

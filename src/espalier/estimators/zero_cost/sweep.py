@@ -139,7 +139,8 @@ class _Watch:
 
     def _leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._back(module, output, gradient))  # type: ignore[no-untyped-call]
+            held = output.detach()  # a hook that holds its own tensor keeps the graph for ever
+            output.register_hook(lambda gradient: self._back(module, held, gradient))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _back(self, module: nn.Module, output: Tensor, gradient: Tensor) -> None:
@@ -147,7 +148,7 @@ class _Watch:
         # off, the gradient is zero
         if not self.on:
             return
-        product = output.detach() * gradient.detach()
+        product = output * gradient.detach()
         if isinstance(module, nn.Linear):
             product = product.flatten(1, -2).sum(1) if product.ndim > 2 else product
         else:
