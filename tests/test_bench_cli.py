@@ -44,6 +44,8 @@ def test_with_no_data_at_all_it_runs_on_the_table_that_ships(tmp_path: Path) -> 
         (["--objectives", "val_ac,params"], "Did you mean"),
         (["--max", "param=5"], "Did you mean 'params'"),
         (["--max", "params=1"], "raise the limit"),
+        (["--objectives", "test_acc"], "take val_acc"),
+        (["--strategies", "evolution:population=few"], "got 'few'"),
         (["--estimators", "parms"], "params"),
         (["--table", "nb201"], "ESPALIER_DATA"),
     ],

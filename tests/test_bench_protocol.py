@@ -96,6 +96,13 @@ def test_what_breaks_a_limit_is_never_chosen() -> None:
     assert half.problem.limits[0].bound == pytest.approx(params.max() / 2)
 
 
+def test_what_reports_never_chooses() -> None:
+    with pytest.raises(EspalierError, match=r"test_acc is of test, .* take val_acc"):
+        race(TABLE, "random", 5, 1, objectives=["test_acc"])
+    with pytest.raises(EspalierError, match="reports and never chooses"):
+        race(TABLE, "random", 5, 1, within={"test_acc": ">= 60"})
+
+
 def test_curves_are_read_as_steps_in_time() -> None:
     curve = np.array([5.0, 3.0, 1.0])
     read = over_time(np.array([1.0, 4.0, 6.0]), curve, np.array([0.5, 1.0, 3.9, 4.0, 9.0]), 8.0)
@@ -256,6 +263,11 @@ def test_names_with_options() -> None:
         ("evoluton", "evolution"),
         ("evolution:populaton=3", "population"),
         ("evolution:population", "evolution:population=30"),
+        ("evolution:population=few", "population of evolution is int or None, got 'few'"),
+        ("evolution:population=2.5", "int or None, got 2.5"),
+        ("hyperband:eta=true", "eta of hyperband is int, got True"),
+        ("hyperband:eeta=4", "Did you mean 'eta'"),
+        ("random:seed=3", "unknown option of random 'seed'"),
     ):
         with pytest.raises(EspalierError, match=hint):
             race(TABLE, text, 5, 1)

@@ -163,8 +163,10 @@ def test_a_missing_package_is_named_with_its_extra(
     tables.forget()
     monkeypatch.setenv("ESPALIER_DATA", str(tmp_path))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'espalier\[tables\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'espalier\[tables\]'") as caught:
         tables.load("nb201")
+    copy = pickle.loads(pickle.dumps(caught.value))  # as from a worker process
+    assert str(copy) == str(caught.value)
 
 
 def test_a_file_of_ones_own_needs_the_columns_and_their_values(

@@ -35,6 +35,10 @@ class MissingExtra(EspalierError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'espalier[{extra}]'")
+        self.package, self.extra = package, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        return type(self), (self.package, self.extra)  # it travels between processes
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -92,6 +92,10 @@ def judge_column(table: Table, name: str, resamples: int = 100) -> dict[str, Any
     """
     if name not in table.columns:
         raise EspalierError(unknown(f"metric of {table.name}", name, table.columns))
+    if not table.test:
+        raise EspalierError(
+            f"{table.name} is a table of costs: it has no test results to judge {name} by"
+        )
     rows = np.arange(len(table.codes))
     if len(rows) > _JUDGED:
         rows = np.sort(np.random.default_rng(0).choice(rows, _JUDGED, replace=False))

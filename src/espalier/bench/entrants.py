@@ -52,11 +52,28 @@ class Entrant:
             inspect.signature(make).bind(table.space, seed, **options)
         except TypeError:
             known = [n for n in taken if n not in ("space", "seed", "self")]
-            bad = next((n for n in options if n not in taken), "")
+            bad = next((n for n in options if n not in known), "")
             raise EspalierError(
                 unknown(f"option of {self.name.split(':')[0]}", bad, known)
             ) from None
+        for key, value in options.items():
+            if key in taken:
+                _check_kind(self.name.split(":")[0], key, value, taken[key].annotation)
         return make(table.space, seed, **options)
+
+
+_KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": ()}
+
+
+def _check_kind(strategy: str, option: str, value: Any, annotation: Any) -> None:
+    """Raises where an option is annotated with plain kinds only, and a plain value is of none."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = [kind.strip() for kind in text.split("|")]
+    if type(value) not in (bool, int, float, str) or not all(kind in _KINDS for kind in kinds):
+        return
+    if any(type(value) in _KINDS[kind] for kind in kinds):
+        return
+    raise EspalierError(f"{option} of {strategy} is {' or '.join(kinds)}, got {value!r}")
 
 
 def _price(table: Table, metric: str) -> Callable[[Any], Any]:

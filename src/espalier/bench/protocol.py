@@ -114,11 +114,13 @@ def race(
     - `jobs`: processes, one thread each; results do not depend on it.
     - `out`: a folder whose `runs.jsonl` keeps every finished run; the same call goes on from it.
 
-    Errors: `EspalierError` for an unknown strategy, option or metric, before anything runs.
+    Errors: `EspalierError` for an unknown strategy, option or metric, and for an objective or limit
+    that is of test, before anything runs.
     """
     bounds = limits(within)
     stages = Stages(table, tuple(objectives or (table.validation,)), bounds)
     problem = stages.plain.view.problem
+    _check_test(table, [*stages.plain.view.names, *(limit.metric for limit in problem.limits)])
     settings = Settings(queries, batch, workers, stages.plain.view.names, problem.limits)
     for name, value, least in (("queries", queries, 1), ("jobs", jobs, 1), ("batch", batch, 1)):
         if value < least:
@@ -143,6 +145,15 @@ def race(
     runs = {e.name: [record.done[(e.name, s)] for s in numbers] for e in racing}
     strategies = {e.name: e.strategy for e in racing}
     return Race(table, settings, numbers, runs, strategies)
+
+
+def _check_test(table: Table, names: Iterable[str]) -> None:
+    """What is of test reports; nothing is searched or limited by it."""
+    for name in names:
+        if table.about[name].split == "test" and name != table.validation:
+            raise EspalierError(
+                f"{name} is of test, which reports and never chooses: take {table.validation}"
+            )
 
 
 def _silent(what: str, done: int, total: int) -> None:

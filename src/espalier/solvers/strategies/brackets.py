@@ -9,6 +9,7 @@ from typing import Any
 
 from espalier.solvers.strategies.fidelity import Job, MultiFidelity
 from espalier.solvers.strategies.results import Results
+from espalier.space import Space
 
 
 @dataclass
@@ -69,8 +70,8 @@ class Bracket:
 class Brackets(MultiFidelity):
     """Runs brackets one after the other; where they wait for results, the next is begun early."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, space: Space, seed: int = 0, fidelity: str = "epochs", eta: int = 3) -> None:
+        super().__init__(space, seed, fidelity, eta)
         self.brackets: list[Bracket] = []  # those that are not done, oldest first
         self.begun = 0
 
