@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from espalier.bench import sheets
 from espalier.bench.entrants import BASELINE
 from espalier.bench.figures import figures
 from espalier.bench.verdicts import amount
-from espalier.errors import StudyError
 from espalier.report import numbers
 from espalier.report.page import inline_json
 from espalier.report.reading import plain
+from espalier.report.write import put
 
 _HEIGHTS = {"regret": 440, "volume": 400}
 _ROW, _FRAME = 30, 110  # a line of the ranks' figure, and what is around them
@@ -41,7 +39,7 @@ def write(result: Mapping[str, Any], folder: str | Path) -> dict[str, Path]:
         "markdown": ("report.md", markdown(result)),
         "json": ("result.json", data),
     }
-    return {kind: _put(where / name, text) for kind, (name, text) in texts.items()}
+    return {kind: put(where / name, text.encode()) for kind, (name, text) in texts.items()}
 
 
 def html(result: Mapping[str, Any]) -> str:
@@ -207,20 +205,3 @@ def _improvements(result: Mapping[str, Any]) -> str:
         text = f"{band['mean']:.2f} ({band['low']:.2f} to {band['high']:.2f})"
         lines.append(f"| {_safe(name)} | {text} |")
     return _safe(sheets.improvement_caption(result)) + "\n\n" + "\n".join(lines)
-
-
-def _put(path: Path, text: str) -> Path:
-    """Writes beside the target and renames, so a full disk leaves the old file whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        reason = error.strerror or error
-        raise StudyError(
-            f"can't write the report to {path}: {reason}; free space or name another folder"
-        ) from error
-    return path

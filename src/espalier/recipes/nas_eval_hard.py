@@ -38,7 +38,6 @@ _SCALES: dict[str, tuple[str, int, int, str, int, int]] = {
     ),
 }
 _ARCHITECTURES = 8  # random ones, as many as the paper's average stands on
-_FIDELITIES = ("halving", "hyperband", "asha", "bohb")  # they race over time, not over queries
 _SLOW = 5  # seeds of strategies that fit a model of their own at every step
 _MODELS = ("gp",)
 _LONGER = 3  # times as many epochs
@@ -73,6 +72,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
 
 def _strategies(name: str, queries: int, seeds: int, first: int) -> dict[str, Any]:
     from espalier.bench import tables
+    from espalier.bench.stages import FIDELITIES
     from espalier.solvers.strategies import STRATEGIES
 
     table = tables.load(name)
@@ -82,7 +82,7 @@ def _strategies(name: str, queries: int, seeds: int, first: int) -> dict[str, An
             table, strategy, queries, numbers[:_SLOW] if strategy in _MODELS else numbers
         )
         for strategy in STRATEGIES
-        if strategy not in _FIDELITIES
+        if strategy not in FIDELITIES  # they race over time, not over queries
     }
 
 

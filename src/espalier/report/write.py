@@ -34,7 +34,7 @@ def write(result: Mapping[str, Any], folder: str | Path) -> dict[str, Path]:
     }
     if drawn:
         texts["figure"] = ("front.svg", drawn)
-    return {kind: _put(where / name, data) for kind, (name, data) in texts.items()}
+    return {kind: put(where / name, data) for kind, (name, data) in texts.items()}
 
 
 def _within(folder: Path, path: Any) -> str:
@@ -49,8 +49,11 @@ def _json(result: Mapping[str, Any]) -> str:
     return json.dumps(plain(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _put(path: Path, data: bytes) -> Path:
-    """Writes beside the target and renames, so a full disk leaves the old file whole."""
+def put(path: Path, data: bytes) -> Path:
+    """Writes beside the target and renames, so a full disk leaves the old file whole.
+
+    Errors: `StudyError` where it can't be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

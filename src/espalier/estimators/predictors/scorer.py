@@ -84,10 +84,10 @@ def encoder(reader: Reader, shape: Shape, members: int | None = None) -> Encoder
     return GatesOnNodes(k, m, shape.width, shape.layers, shape.dropout)
 
 
-def scored(forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-    """Scores of a batch in parts, without gradients."""
+def scored(forward: Callable[[Batch], Tensor], batch: Batch, rows: int = _ROWS) -> Tensor:
+    """Scores of a batch in parts of `rows`, without gradients."""
     with torch.inference_mode():
         parts = [
-            forward(batch.take(slice(i, i + _ROWS))) for i in range(0, max(len(batch), 1), _ROWS)
+            forward(batch.take(slice(i, i + rows))) for i in range(0, max(len(batch), 1), rows)
         ]
     return torch.cat(parts, 1)

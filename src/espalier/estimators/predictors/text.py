@@ -25,6 +25,7 @@ from espalier.estimators.predictors.inputs import Batch
 from espalier.estimators.predictors.ranking import Learning, learn
 from espalier.estimators.predictors.regressor import Regressor
 from espalier.estimators.predictors.scale import Scale, labelled
+from espalier.estimators.predictors.scorer import scored
 from espalier.estimators.predictors.stored import from_arrays, to_arrays
 from espalier.train.seeds import global_seed
 
@@ -143,12 +144,7 @@ class TextRanker(Regressor):
     def _scores(self, batch: Batch) -> Array:
         if self.network is None:
             raise DataError("this predictor knows no data yet: call fit first")
-        self.network.eval()
-        with torch.no_grad():
-            parts = [
-                self.network(batch.take(slice(i, i + _ROWS))) for i in range(0, len(batch), _ROWS)
-            ]
-        return np.asarray(torch.cat(parts, 1).double().numpy())
+        return np.asarray(scored(self.network.eval(), batch, _ROWS).double().numpy())
 
     def settings(self) -> dict[str, Any]:
         """Sizes and learning, as plain JSON."""
@@ -156,6 +152,7 @@ class TextRanker(Regressor):
             "name": self.name,
             "reading": asdict(self.reading),
             "learning": asdict(self.learning),
+            "warm": self.warm,
         }
 
     def arrays(self) -> dict[str, NDArray[Any]]:
