@@ -322,6 +322,9 @@ def test_processes_give_the_same_and_a_stopped_race_goes_on(tmp_path: Path) -> N
         race(TABLE, "random", 16, 4, out=tmp_path)
     with pytest.raises(StudyError, match="data="):
         race(toy(noise=0.4), "random", 15, 4, out=tmp_path)
+    other = [Entrant("nsga2", "nsga2", {"population": 8})]
+    with pytest.raises(StudyError, match=r"'nsga2' as nsga2\(\), now it is nsga2\(population=8\)"):
+        race(TABLE, other, 15, 4, out=tmp_path)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> None:

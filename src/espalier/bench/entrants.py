@@ -33,6 +33,14 @@ class Entrant:
     strategy: str | Callable[..., Strategy]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def about(self) -> str:
+        """What runs under this name, in a line that is the same in every process."""
+        made = self.strategy
+        what = made if isinstance(made, str) else f"{made.__module__}.{_name(made)}"
+        options = {k: _shown(v) for k, v in sorted(self.options.items())}
+        return f"{what}({', '.join(f'{k}={v}' for k, v in options.items())})"
+
     def make(self, table: Table, seed: int, limits: Iterable[Limit] = ()) -> Strategy:
         """The strategy, new, over the table's space.
 
@@ -60,6 +68,15 @@ class Entrant:
             if key in taken:
                 _check_kind(self.name.split(":")[0], key, value, taken[key].annotation)
         return make(table.space, seed, **options)
+
+
+def _name(thing: Any) -> str:
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return _name(value) if " at 0x" in text else text  # an address is another one each time
 
 
 _KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": ()}

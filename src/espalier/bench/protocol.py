@@ -133,7 +133,8 @@ def race(
     racing = entrants(given)
     check(racing, table, settings.limits)
     about = {"table": table.name, "data": fingerprint(table), **settings.to_json()}
-    record = Record(about, None if out is None else Path(out))
+    named = {e.name: e.about for e in racing}
+    record = Record(about, None if out is None else Path(out), named)
     todo = [(e, s) for s in numbers for e in racing if (e.name, s) not in record.done]
     total = len(numbers) * len(racing)
     tell = progress or _silent

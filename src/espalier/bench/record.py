@@ -34,13 +34,20 @@ def fingerprint(table: Table) -> str:
 class Record:
     """The finished runs of a race in `folder/runs.jsonl`; in memory only without a folder.
 
-    The first line is what the race is about. Errors: `StudyError` where the folder holds another
-    race, or can't be written. A last line that was cut off by a kill is dropped, and so is run
+    The first line is what the race is about; `entrants` says of each name what runs under it.
+    Errors: `StudyError` where the folder holds another race, or another strategy of one of these
+    names, or can't be written. A last line that was cut off by a kill is dropped, and so is run
     again.
     """
 
-    def __init__(self, about: Mapping[str, Any], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        about: Mapping[str, Any],
+        folder: Path | None = None,
+        entrants: Mapping[str, str] | None = None,
+    ) -> None:
         self.about = {"format": _FORMAT, **about}
+        self.entrants = dict(entrants or {})
         self.path = None if folder is None else folder / NAME
         self.done: dict[Key, Trace] = {}
         if self.path is not None:
@@ -57,6 +64,13 @@ class Record:
             self._check(path, whole[0])
         for line in whole[1:]:
             row = json.loads(line)
+            here = self.entrants.get(row["strategy"])
+            there = row.get("entrant", here)
+            if here is not None and there != here:
+                raise StudyError(
+                    f"{path.parent} holds runs of {row['strategy']!r} as {there}, now it is {here}: "
+                    "give it another name, or name another folder with --out"
+                )
             self.done[(row["strategy"], row["seed"])] = _trace(row)
         if "".join(whole) != text or not whole:
             kept = whole or [json.dumps(self.about) + "\n"]
@@ -79,7 +93,9 @@ class Record:
         self.done[key] = trace
         if self.path is None:
             return
-        row = {"strategy": key[0], "seed": key[1], **trace.to_json()}
+        row: dict[str, Any] = {"strategy": key[0], "seed": key[1], **trace.to_json()}
+        if key[0] in self.entrants:
+            row["entrant"] = self.entrants[key[0]]
         if (trace.rows < 0).any():  # predicted by the table: no row to look the values up in
             row["values"] = trace.values.tolist()
             row["violations"] = trace.violations.tolist()
