@@ -325,6 +325,9 @@ def test_processes_give_the_same_and_a_stopped_race_goes_on(tmp_path: Path) -> N
     other = [Entrant("nsga2", "nsga2", {"population": 8})]
     with pytest.raises(StudyError, match=r"'nsga2' as nsga2\(\), now it is nsga2\(population=8\)"):
         race(TABLE, other, 15, 4, out=tmp_path)
+    (tmp_path / "runs.jsonl").write_text(lines[0] + "{\n" + lines[1])
+    with pytest.raises(StudyError, match=r"line 2 of .* is damaged"):
+        race(TABLE, "random", 15, 4, out=tmp_path)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> None:

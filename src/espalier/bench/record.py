@@ -62,8 +62,11 @@ class Record:
         whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if whole:
             self._check(path, whole[0])
-        for line in whole[1:]:
-            row = json.loads(line)
+        for number, line in enumerate(whole[1:], 2):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                raise StudyError(f"line {number} of {path} is damaged: delete that line") from None
             here = self.entrants.get(row["strategy"])
             there = row.get("entrant", here)
             if here is not None and there != here:
