@@ -405,3 +405,8 @@ def test_the_toy_passes_the_suite_for_tables_and_broken_ones_do_not() -> None:
     for rule, table in broken.items():
         with pytest.raises(AssertionError, match=rule):
             check_table(table)
+
+
+def test_a_seed_counts_once() -> None:
+    with pytest.raises(EspalierError, match="every seed is given once"):
+        race(TABLE, "random", 5, [0, 0])

@@ -130,6 +130,10 @@ def race(
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not numbers:
         raise EspalierError(f"a race has at least 1 seed, got {seeds!r}")
+    if len(set(numbers)) < len(numbers):
+        raise EspalierError(
+            f"every seed is given once, for runs must be independent, got {seeds!r}"
+        )
     racing = entrants(given)
     check(racing, table, settings.limits)
     about = {"table": table.name, "data": fingerprint(table), **settings.to_json()}
