@@ -43,8 +43,9 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """Every recipe's name; none of them is loaded."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
+    """Every recipe's name; none of them is loaded. Modules with an underscore are what several share."""
+    found = (m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
 
 
 def find(name: str) -> Recipe:
