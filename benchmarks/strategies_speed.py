@@ -44,6 +44,8 @@ PEERS = {
     "optuna-tpe": ("optuna", "tpe"),
     "optuna-nsga2": ("optuna", "nsga2"),
     "pymoo-ga": ("pymoo", "ga"),
+    "archai-random": ("archai", "random"),
+    "archai-evolution": ("archai", "evolution"),
 }
 Times = list[dict[str, float]]
 
@@ -116,7 +118,10 @@ def peer(**request: Any) -> Times:
     """A peer's times. Errors: what the peer wrote, where it ends badly."""
     one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     done = subprocess.run(
-        [str(python("bayes")), str(HERE / "speed_peer.py")],
+        [
+            str(python("archai" if request["kind"] == "archai" else "bayes")),
+            str(HERE / "speed_peer.py"),
+        ],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -29,7 +29,11 @@ CACHE = HERE.parents[1] / ".cache" / "peers"
 PACKAGES = {
     "bayes": ("optuna==5.0.0", "pymoo==0.6.2", "torch==2.13.0", "scipy"),
     "neps": ("neural-pipeline-search==0.17.0", "torch==2.13.0"),
-}
+    # what its searches import; all that it asks for is some gigabytes
+    "archai": ("torch==2.13.0", "numpy", "pandas", "matplotlib", "pyyaml", "tqdm", "statopt",
+               "overrides==3.1.0", "psutil", "onnx"),
+}  # fmt: skip
+ALONE = {"archai": ("archai==1.0.0",)}  # installed without what they ask for
 _AGAIN = 500  # proposals in a row that are known already, after which a peer has nothing more
 
 
@@ -67,15 +71,17 @@ def python(environment: str) -> Path:
     folder = CACHE / environment
     interpreter = folder / "bin" / "python"
     done = folder / "installed.json"
-    wanted = json.dumps(PACKAGES[environment])
+    alone = ALONE.get(environment, ())
+    wanted = json.dumps([*PACKAGES[environment], *alone])
     if done.exists() and done.read_text() == wanted:
         return interpreter
     print(f"installing {', '.join(PACKAGES[environment])} into {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run(
-        [str(interpreter), "-m", "pip", "install", "--quiet", *PACKAGES[environment]], check=True
-    )
+    install = [str(interpreter), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, *PACKAGES[environment]], check=True)
+    if alone:
+        subprocess.run([*install, "--no-deps", *alone], check=True)
     done.write_text(wanted)
     return interpreter
 
