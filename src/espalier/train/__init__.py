@@ -3,13 +3,24 @@
 from espalier.train.evaluate import evaluate, recalibrate, set_statistics
 from espalier.train.fit import fit
 from espalier.train.loop import Diverged, Progress
+from espalier.train.paths import Fair, Pass, Path, Paths, Sandwich, Uniform
 from espalier.train.recipe import Recipe
+from espalier.train.shrinking import Shrinking, Stage, Within
 from espalier.train.supernet import train_supernet
 
 __all__ = [
     "Diverged",
+    "Fair",
+    "Pass",
+    "Path",
+    "Paths",
     "Progress",
     "Recipe",
+    "Sandwich",
+    "Shrinking",
+    "Stage",
+    "Uniform",
+    "Within",
     "evaluate",
     "fit",
     "recalibrate",

@@ -47,10 +47,12 @@ def train(
     settings: Mapping[str, Any],
     checkpoint: Path | None,
     progress: Progress | None,
+    after_step: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains in place and gives a row an epoch: epoch, loss (mean over batches), lr (the last).
 
     `settings` is what else the result depends on: a checkpoint of other settings is refused.
+    `after_step(epoch, step)` is called after each step of the optimiser.
     """
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = optimisers.make(module, recipe)
@@ -67,7 +69,8 @@ def train(
     for epoch in range(len(history), recipe.epochs):
         with global_seed(seed, epoch, _GLOBAL):
             step = epoch_of(epoch, chosen)
-            history.append(_epoch(module, task, recipe, seed, epoch, step, optimiser))
+            row = _epoch(module, task, recipe, seed, epoch, step, optimiser, after_step)
+            history.append(row)
         last = epoch + 1 == recipe.epochs
         if checkpoint is not None and (
             last or time.monotonic() - written >= _SECONDS_BETWEEN_CHECKPOINTS
@@ -89,6 +92,7 @@ def _epoch(
     epoch: int,
     step: Step,
     optimiser: torch.optim.SGD,
+    after_step: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     steps = steps_of(task, recipe.batch)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -108,6 +112,8 @@ def _epoch(
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        if after_step is not None:
+            after_step(epoch, count)
         total, count = total + loss, count + 1
     return {"epoch": epoch + 1, "loss": total / max(count, 1), "lr": lr}
 
