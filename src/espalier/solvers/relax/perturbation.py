@@ -1,0 +1,132 @@
+"""Perturbation: of each decision, the option whose removal hurts the trained supernet most.
+
+Wang, Cheng, Chen, Tang & Hsieh, "Rethinking Architecture Selection in Differentiable NAS", 2021
+(https://arxiv.org/abs/2108.04392).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espalier.errors import EspalierError
+from espalier.solvers.relax.moment import Moment
+
+if TYPE_CHECKING:
+    from espalier.solvers.relax.state import SelectionState
+    from espalier.space import Candidate, Space
+
+_ORDER = 5  # purpose of the random stream that orders the decisions
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Perturbation:
+    """Decides one decision after the other, in random order, by what the mixture loses.
+
+    Each option's weight is set to 0 and the rest left as they are; the option is kept without which
+    the accuracy on validation is lowest, the decision is fixed to it, and the shared weights are
+    tuned for `tune_epochs` before the next. Decisions that say which others take part (the inputs of
+    a DARTS node) come last: there an input is removed with every option that has it, and the option
+    is kept whose inputs hurt most in sum. `log` keeps a row a decision: what was left of the
+    accuracy without each option.
+    """
+
+    tune_epochs: int = 1
+    log: list[dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.tune_epochs < 0:
+            raise EspalierError(f"tune_epochs must be 0 or more, got {self.tune_epochs}")
+
+    def __call__(self, state: SelectionState) -> Candidate:
+        space: Space = state.supernet.space
+        weights = mixture(state)
+        chosen: dict[str, Any] = {}
+        self.log.clear()
+        for name in ordered(space, list(weights), state.seed):
+            left = self._left(state, weights, name)
+            # the first of equals, as argmin takes it: nothing else is known of them
+            index = int(np.argmin(left))
+            chosen[name] = space[name].options[index]
+            row = {"decision": name, "left": left, "chosen": chosen[name]}
+            self.log.append(row)
+            weights[name] = fixed(weights[name], index)
+            if self.tune_epochs and len(chosen) < len(weights):
+                state.tune(weights, self.tune_epochs)
+        return complete(space, chosen)
+
+    def _left(self, state: SelectionState, weights: Weights, name: str) -> list[float]:
+        """What the removal of each option leaves of the accuracy; of a topology, in sum."""
+        space: Space = state.supernet.space
+        inputs = gated(space, name)
+        if not inputs:
+            count = space[name].count
+            return [
+                state.evaluate({**weights, name: without(weights[name], [i])}) for i in range(count)
+            ]
+        hurt = {
+            child: state.evaluate({**weights, name: without(weights[name], sorted(options))})
+            for child, options in inputs.items()
+        }
+        return [
+            sum(hurt[child] for child, options in inputs.items() if i in options)
+            for i in range(space[name].count)
+        ]
+
+
+def mixture(state: SelectionState) -> Weights:
+    """The weights that the relaxation gives at evaluation, a vector a decision, detached."""
+    moment = Moment("evaluate", epoch=state.settings.epochs, progress=1.0, generator=None)
+    found = state.relaxation.weights(state.logits, moment)
+    plain = {name: getattr(w, "weights", w).detach() for name, w in found.items()}
+    return {name: w if w.ndim == 1 else w.mean(dim=0) for name, w in plain.items()}
+
+
+def without(weights: Tensor, options: Sequence[int]) -> Tensor:
+    """The weights with some options at 0; the others are not scaled up."""
+    out = weights.clone()
+    out[list(options)] = 0.0
+    return out
+
+
+def fixed(weights: Tensor, option: int) -> Tensor:
+    """All of the decision's weight on one option: an edge keeps its strength."""
+    out = torch.zeros_like(weights)
+    out[option] = weights.sum()
+    return out
+
+
+def gated(space: Space, name: str) -> dict[str, set[int]]:
+    """The decisions that options of `name` switch on, each with the indices of those options.
+
+    Empty where the options do not switch on equally many: those are no rivals of one kind, and
+    each is judged by its own removal.
+    """
+    decision = space[name]
+    found = {
+        other.name: {int(decision.code(option)) for option in other.when[name]}
+        for other in space.decisions
+        if name in other.when
+    }
+    counts = {sum(i in on for on in found.values()) for i in range(decision.count)}
+    return found if len(counts) == 1 and counts != {0} else {}
+
+
+def ordered(space: Space, names: Sequence[str], seed: int) -> list[str]:
+    """Decisions in random order, those that switch others on after all the rest."""
+    rng = np.random.default_rng([seed, _ORDER])
+    mixed = [names[i] for i in rng.permutation(len(names))]
+    return sorted(mixed, key=lambda name: bool(gated(space, name)))
+
+
+def complete(space: Space, chosen: Mapping[str, Any]) -> Candidate:
+    """The candidate of the decisions chosen; all others at their last option, the largest."""
+    last = {d.name: d.options[-1] for d in space.decisions if d.count}
+    return space.candidate({**last, **chosen})
