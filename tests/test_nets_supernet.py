@@ -189,13 +189,13 @@ def test_modules_that_are_shared_stay_shared():
             super().__init__((1, 4, 4), 2)
             width = esp.ordinal("width", 4, 8)
             self.stem = elastic.Conv2d(1, width)
-            self.mix = elastic.Conv2d(width, width)
-            self.again = self.mix
+            self.mixer = elastic.Conv2d(width, width)
+            self.again = self.mixer
             self.tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
             self.head = elastic.Linear(width, 2)
 
         def forward(self, x):
-            return self.head(self.tail(self.again(self.mix(self.stem(x)))))
+            return self.head(self.tail(self.again(self.mixer(self.stem(x)))))
 
     net = Tied()
     check_family(net)

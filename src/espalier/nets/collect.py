@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from espalier.errors import SpaceError
 from espalier.nets.elastic.core import Elastic, When
 from espalier.nets.elastic.dims import Choices, options
+from espalier.nets.elastic.mixing import Mixture, resolve
 from espalier.space import Decision
 
 
@@ -112,3 +113,19 @@ def settle(found: Layers, choices: Choices) -> None:
     for module, names in found:
         if all(name in choices for name in names):
             module.settle(choices)
+
+
+def mixable(found: Layers) -> set[str]:
+    """The decisions that every module on which they act can mix."""
+    able = [(names, module.mixable()) for module, names in found]
+    every = {name for names, _ in able for name in names}
+    return every - {name for names, takes in able for name in names if name not in takes}
+
+
+def blend(found: Layers, weights: Mixture, decisions: Iterable[Decision]) -> None:
+    """Puts a mixture into effect. What it does not name stays as it is."""
+    mixture = resolve(weights, decisions)
+    for module, names in found:
+        own = {name: mixture[name] for name in names if name in mixture}
+        if own:
+            module.mix(own)

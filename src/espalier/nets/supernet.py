@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, fx, nn
 
 from espalier.errors import DataError, SpaceError
-from espalier.nets.collect import Layers, collect, layers, settle
+from espalier.nets.collect import Layers, blend, collect, layers, mixable, settle
+from espalier.nets.elastic.dims import Choices, options
+from espalier.nets.elastic.mixing import Mixture
 from espalier.nets.family import Family
 from espalier.nets.plain import plain
 from espalier.nets.units import Unit, Units
@@ -38,6 +41,8 @@ class Supernet(nn.Module, Family):
     """
 
     constraints: tuple[Constraint, ...] = ()
+    # of cells: the name of a node, and the decisions whose outputs are summed there
+    joins: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def __init__(self, shape: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -45,6 +50,7 @@ class Supernet(nn.Module, Family):
         self.classes = int(classes)
         self.name = type(self).__name__.lower()
         self._active: Candidate | None = None
+        self._mixing: frozenset[str] = frozenset()  # the decisions that are mixed
         self._forget()
 
     def _forget(self) -> None:
@@ -55,7 +61,22 @@ class Supernet(nn.Module, Family):
 
     def __getstate__(self) -> dict[str, Any]:
         # what can be worked out again is neither pickled nor copied
-        return {**self.__dict__, "_space": None, "_layers": None, "_units": None}
+        # mixtures aren't either: a copy runs what is active until it is told to mix
+        forgotten: dict[str, Any] = {
+            "_space": None,
+            "_layers": None,
+            "_units": None,
+            "_mixing": frozenset(),
+        }
+        return {**self.__dict__, **forgotten}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and callable(getattr(Supernet, name, None)):
+            raise SpaceError(
+                f"a supernet has a method {name!r}, so none of its modules can have that name:"
+                " name it otherwise"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         for child in self.children():
@@ -77,8 +98,45 @@ class Supernet(nn.Module, Family):
     def activate(self, candidate: Mapping[str, Option]) -> None:
         """Makes `forward` run `candidate`, in place. Errors: `SpaceError` where it is not valid."""
         known = self._checked(candidate)
+        if self._mixing:
+            self._end_mixture()
         settle(self._elastic(), known.to_json())
         self._active = known
+
+    @property
+    def mixable(self) -> tuple[str, ...]:
+        """The decisions that `mix` takes, in the order of the space."""
+        able = mixable(self._elastic())
+        return tuple(name for name in self.space.names if name in able)
+
+    def mix(self, weights: Mixture) -> None:
+        """Makes `forward` run a mixture, until the next `mix` or `activate`.
+
+        `weights` maps decisions of `mixable` to a weight an option, `(options,)`, or one for each
+        sample, `(batch, options)`; gradients reach them. They need not add up to 1. An option of
+        weight 0 is not run, so one-hot weights give what `activate` gives, at its price. Decisions
+        that are left out stay as activated; those inactive there, and all before the first
+        `activate`, at their last option.
+        Outputs of modules are weighted sums. Sizes run at the largest, and channels are masked.
+        Errors: `SpaceError` for an unknown decision, one that can't be mixed, or other weights.
+        """
+        if weights.keys() != self._mixing:
+            self._end_mixture()
+        self._mixing = frozenset(weights)
+        try:
+            blend(self._elastic(), weights, self.space.decisions)
+        except SpaceError:
+            self._end_mixture()
+            raise
+
+    def _end_mixture(self) -> None:
+        settle(self._elastic(), self._everything())
+        self._mixing = frozenset()
+
+    def _everything(self) -> Choices:
+        """What is active, with the last option of each inactive decision: a mixture may run it."""
+        last = {d.name: options(d)[-1] for d in self.space.decisions}
+        return {**last, **(self._active or {})}
 
     def _checked(self, candidate: Mapping[str, Option]) -> Candidate:
         """The candidate, if it is one of this space: exactly its active decisions, valid options.

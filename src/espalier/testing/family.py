@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ def check_family(family: Family, seed: int = 0) -> None:
 
     Every sampled candidate builds a plain network that gives `(batch, classes)`, is trainable and
     is decided by torch's seed. Of supernets also: the active candidate computes what its extract
-    computes, extracting leaves no trace, and the units add up to the whole.
+    computes, extracting leaves no trace, the units add up to the whole, and mixtures are right.
     Errors: `AssertionError`, saying what is wrong with which candidate.
     """
     candidates = sampled(family, seed)
@@ -35,6 +36,7 @@ def check_family(family: Family, seed: int = 0) -> None:
         check_extract(family, candidate, seed)
         check_units(family, candidate)
     check_unit_decisions(family, seed)
+    check_mixing(family, seed)
 
 
 def sampled(family: Family, seed: int) -> list[Candidate]:
@@ -188,3 +190,103 @@ def check_unit_decisions(family: Supernet, seed: int = 0) -> None:
             assert here == there, f"unit {unit.name}: input {here} or {there} for equal decisions"
             shapes = [[tuple(p.shape) for p in m.parameters()] for m in (one, two)]
             assert shapes[0] == shapes[1], f"unit {unit.name}: two modules for equal decisions"
+
+
+def check_mixing(family: Supernet, seed: int = 0) -> None:
+    """One-hot mixtures compute what is active, also in training; gradients of weights are right.
+
+    The family is left as it is: copies are mixed.
+    """
+    missing = [name for name in family.mixable if name not in family.space.names]
+    assert not missing, f"mixable names decisions that the space does not have: {missing}"
+    if not family.mixable:
+        return
+    for candidate in sampled(family, seed)[:4]:
+        check_one_hot(family, candidate, seed)
+    check_mixing_gradients(family, seed)
+
+
+def check_one_hot(family: Supernet, candidate: Candidate, seed: int = 0) -> None:
+    """A mixture with one option of each decision is the candidate, and `activate` ends it."""
+    inputs = noise(family, 6, seed)
+    active, mixed = copy.deepcopy(family), copy.deepcopy(family)
+    active.activate(candidate)
+    mixed.activate(_fixed(family, candidate))  # what can't be mixed
+    mixed.mix(one_hot(family, candidate))
+    assert mixed.state_dict().keys() == active.state_dict().keys(), "a mixture is in the state"
+    for mode in (True, False):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            expected = active.train(mode)(inputs)
+            torch.manual_seed(seed)
+            got = mixed.train(mode)(inputs)
+        worst = float((expected - got).abs().max()) / max(1.0, float(expected.abs().max()))
+        assert worst <= 1e-5, f"{candidate}: one-hot and active differ by {worst:.2g}"
+    for name, value in active.state_dict().items():
+        same = torch.allclose(value, mixed.state_dict()[name], atol=1e-5)
+        assert same, f"{candidate}: a one-hot mixture changes {name} otherwise than what is active"
+    other = family.uniform(0.0)
+    active.activate(other)
+    mixed.activate(other)
+    with torch.no_grad():
+        ended = torch.allclose(active(inputs), mixed(inputs), atol=1e-5)
+    assert ended, "activate does not end a mixture"
+
+
+def one_hot(family: Supernet, candidate: Candidate) -> dict[str, Tensor]:
+    """Weights `(options,)` that are 1 for the candidate's options; the last of what is inactive."""
+    found = {}
+    for name in family.mixable:
+        decision = family.space[name]
+        code = int(decision.code(candidate[name])) if name in candidate else decision.count - 1
+        found[name] = torch.zeros(decision.count).index_fill_(0, torch.tensor(code), 1.0)
+    return found
+
+
+def _fixed(family: Supernet, candidate: Candidate) -> Candidate:
+    """The last options of what can be mixed, and the candidate's of the rest."""
+    space, mixable = family.space, set(family.mixable)
+    last = dict(family.uniform(1.0))
+    kept = {name: option for name, option in candidate.items() if name not in mixable}
+    codes = space.encode([family.uniform(1.0)])
+    for name, option in {**last, **kept}.items():
+        codes[0, space.names.index(name)] = space[name].code(option)
+    fixed = space.decode(space.canonical(codes))[0]
+    return fixed if set(kept) <= set(fixed) else candidate
+
+
+def check_mixing_gradients(family: Supernet, seed: int = 0) -> None:
+    """The gradient of all weights at once, against a finite difference along a random line."""
+    net = copy.deepcopy(family).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    inputs = noise(family, 3, seed).double()
+    weights: dict[str, Tensor] = {}
+    for name in family.mixable:
+        count = family.space[name].count
+        drawn = 0.2 + torch.rand(count, generator=generator, dtype=torch.float64)
+        net.mix({name: drawn})
+        try:
+            net(inputs)
+        except SpaceError:  # options of different shapes: only one of them can have weight
+            continue
+        weights[name] = drawn / drawn.sum()
+    lines = {n: torch.randn(w.shape, generator=generator).double() for n, w in weights.items()}
+    target = torch.randn(3, family.classes, generator=generator).double()
+
+    def loss(step: float) -> Tensor:
+        net.mix({n: w + step * lines[n] for n, w in weights.items()})
+        out: Tensor = (net(inputs) * target).sum()
+        return out
+
+    with torch.no_grad():
+        expected = float(loss(1e-6) - loss(-1e-6)) / 2e-6
+    for weight in weights.values():
+        weight.requires_grad_()
+    gradients = torch.autograd.grad(loss(0.0), list(weights.values()), allow_unused=True)
+    got = sum(
+        float((g * lines[n]).sum())
+        for n, g in zip(weights, gradients, strict=True)
+        if g is not None
+    )
+    off = abs(expected - got) / max(1.0, abs(expected))
+    assert off <= 1e-4, f"gradients of a mixture are {got:.6g}, differences say {expected:.6g}"

@@ -7,9 +7,11 @@ extracts it as a plain network.
 
 from espalier.nets.elastic.attention import Attention, Parameter
 from espalier.nets.elastic.containers import OneOf, Repeat, Skippable
+from espalier.nets.elastic.convolution import Conv2d, DepthwiseConv2d
 from espalier.nets.elastic.core import Elastic
 from espalier.nets.elastic.dims import Dim, Product, product
-from espalier.nets.elastic.layers import BatchNorm2d, Conv2d, DepthwiseConv2d, LayerNorm, Linear
+from espalier.nets.elastic.layers import BatchNorm2d, LayerNorm, Linear
+from espalier.nets.elastic.mixing import Gates, Mixture
 from espalier.nets.elastic.resize import Resize
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "DepthwiseConv2d",
     "Dim",
     "Elastic",
+    "Gates",
     "LayerNorm",
     "Linear",
+    "Mixture",
     "OneOf",
     "Parameter",
     "Product",

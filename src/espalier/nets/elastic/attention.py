@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from espalier.errors import SpaceError
 from espalier.nets.elastic.core import Elastic, Maker
 from espalier.nets.elastic.dims import Choices, Dim, decisions, ends, product, size, text
 from espalier.nets.elastic.layers import Linear
+from espalier.nets.elastic.masks import Spread, spread
+from espalier.nets.elastic.mixing import Weights, no_gates, resolve
 from espalier.space import Decision
 
 
@@ -37,6 +39,8 @@ class Attention(nn.Module):
         self.key = Linear(features, inner, bias)
         self.value = Linear(features, inner, bias)
         self.project = Linear(inner, features, bias)
+        # in a mixture of heads, what counts is how much of each head's values comes through
+        self.query.masks = self.key.masks = False
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x))
@@ -85,9 +89,30 @@ class Parameter(Elastic):
         return tuple(slice(size(dim, choices)) for dim in self.dims)
 
     def settle(self, choices: Choices) -> None:
+        self.__dict__["_settled"] = choices
+        if self._mixed is not None:
+            self._mixed = None
         self._cut = self._window(choices)
 
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        found = resolve(weights, self.decisions())
+        no_gates(found.values(), found)
+        self._mixed = tuple(spread(dim, found, self._choices()) for dim in self.dims)
+
+    def _mixture(self, sizes: tuple[Spread, ...]) -> Tensor:
+        """The masked tensor; with weights a sample, one for each, along a first dimension of 1."""
+        out: Tensor = self.value[tuple(slice(each.size) for each in sizes)]
+        batch = {len(part.weights) for each in sizes for part in each.parts if part.per_sample}
+        if batch:
+            out = out if self.dims[0] == 1 and out.dim() > 1 else out[None]
+            out = out.expand(batch.pop(), *out.shape[1:])
+        for dim, each in enumerate(sizes, -len(sizes)):
+            out = each.masked(out, dim)
+        return out
+
     def forward(self) -> Tensor:
+        if self._mixed is not None:
+            return self._mixture(self._mixed)
         return self.value[self._cut]
 
     def plain(self, make: Maker) -> nn.Module:

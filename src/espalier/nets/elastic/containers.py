@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from espalier.errors import SpaceError
 from espalier.nets.elastic.core import Elastic, Maker, When
 from espalier.nets.elastic.dims import Choices, options
+from espalier.nets.elastic.mixing import Mixed, Weights, added, no_gates, resolve, weighted
 from espalier.space import Decision, Option, Real
 
 
@@ -46,8 +47,31 @@ class Repeat(Elastic):
 
     def settle(self, choices: Choices) -> None:
         self._running = self._number(choices)
+        if self._mixed is not None:
+            self._mixed = None
+
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        found = resolve(weights, self.decisions())
+        no_gates(found.values(), found)
+        for mixed in found.values():
+            self._mixed = mixed
+
+    def _mixture(self, x: Tensor, mixed: Mixed) -> Tensor:
+        """The sum over depths of weight times what that many blocks give; each block runs once."""
+        live = {self._depths[i]: i for i in mixed.live}
+        out = mixed.times(live[0], x) if 0 in live else None
+        for depth, child in enumerate(islice(self._modules.values(), max(live)), 1):
+            assert child is not None
+            x = child(x)
+            if depth in live:
+                term = mixed.times(live[depth], x)
+                out = term if out is None else added(out, term)
+        assert out is not None
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._mixed is not None:
+            return self._mixture(x, self._mixed)
         for child in islice(self._modules.values(), self._running):
             assert child is not None
             x = child(x)
@@ -96,9 +120,21 @@ class Skippable(Elastic):
 
     def settle(self, choices: Choices) -> None:
         self._runs = _true(choices[self.decision.name])
+        if self._mixed is not None:
+            self._mixed = None
+
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        for mixed in resolve(weights, self.decisions()).values():
+            self._mixed = mixed
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._mixed is not None:
+            return weighted(self._mixed, self._by_index(), x)
         return self.module(x) if self._runs else x
+
+    def _by_index(self) -> dict[int, nn.Module | None]:
+        every = options(self.decision)
+        return {i: self.module if _true(option) else None for i, option in enumerate(every)}
 
     def plain(self, make: Maker) -> nn.Module:
         runs = _true(make.choices[self.decision.name])
@@ -137,8 +173,20 @@ class OneOf(Elastic):
 
     def settle(self, choices: Choices) -> None:
         self._chosen = self._names[choices[self.decision.name]]
+        if self._mixed is not None:
+            self._mixed = None
+
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        for mixed in resolve(weights, self.decisions()).values():
+            self._mixed = mixed
+
+    def _by_index(self) -> dict[int, nn.Module | None]:
+        every = options(self.decision)
+        return {i: self._modules[self._names[option]] for i, option in enumerate(every)}
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._mixed is not None:
+            return weighted(self._mixed, self._by_index(), x)
         module = self._modules[self._chosen]
         assert module is not None
         out: Tensor = module(x)

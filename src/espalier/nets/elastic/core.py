@@ -6,14 +6,16 @@ A module with several sizes holds the weights of the largest. `settle` says whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from espalier.nets.elastic.dims import Choices
-from espalier.space import Decision, Option
+from espalier.errors import SpaceError
+from espalier.nets.elastic.dims import Choices, options
+from espalier.nets.elastic.mixing import Weights
+from espalier.space import Decision, Option, Real
 
 When = dict[str, tuple[Option, ...]]
 
@@ -28,7 +30,18 @@ class Maker(Protocol):
 
 
 class Elastic(nn.Module):
-    """Base of the elastic modules. Its children, if any, are alternatives or repetitions."""
+    """Base of the elastic modules. Its children, if any, are alternatives or repetitions.
+
+    Own ones write `decisions`, `settle` and `plain`; those with children `branches`; those that
+    can run a mixture of options `mix`. A mixture is neither copied nor pickled with the module.
+    """
+
+    _mixed: Any = None  # what `mix` made for `forward`; None: it runs what is settled
+    _settled: Choices | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # weights that hang on an autograd graph can't be copied
+        return {name: value for name, value in self.__dict__.items() if name != "_mixed"}
 
     def decisions(self) -> tuple[Decision, ...]:
         """The decisions that act here, not counting those inside children."""
@@ -41,6 +54,30 @@ class Elastic(nn.Module):
     def settle(self, choices: Choices) -> None:
         """Makes `forward` run what `choices` says. `choices` holds all of `decisions()`."""
         raise NotImplementedError
+
+    def mixable(self) -> tuple[str, ...]:
+        """The names of those of `decisions()` that `mix` takes."""
+        if type(self).mix is Elastic.mix:
+            return ()
+        return tuple(d.name for d in self.decisions() if not isinstance(d, Real))
+
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        """Makes `forward` run a mixture, until `settle`: weights by name of decision.
+
+        `weights` holds some of `decisions()`; the others stay as settled. Own modules get at what
+        runs by `mixing.resolve(weights, self.decisions())`.
+        Errors: `SpaceError` where a decision can't be mixed.
+        """
+        raise SpaceError(
+            f"{', '.join(map(repr, weights))} can't be mixed: {type(self).__name__} runs one option"
+            " at a time; leave it out of the mixture, or write its mix()"
+        )
+
+    def _choices(self) -> Choices:
+        """What is settled, or the last option of each decision where nothing is."""
+        if self._settled is not None:
+            return self._settled
+        return {d.name: options(d)[-1] for d in self.decisions()}
 
     def plain(self, make: Maker) -> nn.Module:
         """A copy without elasticity of what `make.choices` says; `make` copies children."""

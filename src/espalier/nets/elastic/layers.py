@@ -1,11 +1,8 @@
-"""Convolutions, linear layers and norms whose sizes are decisions.
-
-Smaller sizes are slices of the largest: the first channels, and the centre of a kernel
-(Cai et al., Once-for-All, 2020). Slices are views, taken anew in each pass so that gradients
-reach the shared weights; the largest size is the weights themselves.
-"""
+"""Linear layers and norms whose sizes are decisions: the first features of the largest."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,181 +10,11 @@ from torch import Tensor, nn
 
 from espalier.errors import SpaceError
 from espalier.nets.elastic.core import Elastic, Maker, filled, initialise
-from espalier.nets.elastic.dims import Choices, Dim, decisions, ends, options, size, text
+from espalier.nets.elastic.dims import Choices, Dim, decisions, ends, size, text
+from espalier.nets.elastic.masks import Spread, aligned, spread
+from espalier.nets.elastic.mixing import Weights, no_gates, resolve
+from espalier.nets.elastic.slices import cut
 from espalier.space import Decision
-
-Cut = tuple[slice, ...] | None
-
-
-def _cut(full: tuple[int, ...], part: tuple[int, ...]) -> Cut:
-    """What to index with to get `part` of `full`; None for all of it."""
-    if full == part:
-        return None
-    cut = [slice(None) if n == m else slice(m) for n, m in zip(full, part, strict=True)]
-    while cut[-1] == slice(None):
-        cut.pop()
-    return tuple(cut)
-
-
-class _Convolution(Elastic):
-    """A square convolution with slices: what plain and depthwise ones share."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_channels: Dim,
-        out_channels: Dim,
-        kernel: Dim,
-        stride: int,
-        padding: int | None,
-        bias: bool,
-        depthwise: bool,
-    ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
-        self.stride, self.padding, self.depthwise = stride, padding, depthwise
-        self._most = tuple(
-            ends(dim, what)[1]
-            for dim, what in (
-                (in_channels, "number of channels"),
-                (out_channels, "number of channels"),
-                (kernel, "kernel"),
-            )
-        )
-        _check_kernel(kernel, padding)
-        inputs, outputs, side = self._most
-        shape = (outputs, 1 if depthwise else inputs, side, side)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-        self.reset_parameters()
-        self._set(*self._most)
-
-    def reset_parameters(self) -> None:
-        """Fresh weights."""
-        inputs, outputs, side = self._most
-        groups = inputs if self.depthwise else 1
-        layer = nn.Conv2d(inputs, outputs, side, groups=groups, bias=False, device="meta")
-        layer.weight = self.weight
-        initialise(layer)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def decisions(self) -> tuple[Decision, ...]:
-        dims = (self.in_channels, self.out_channels, self.kernel)
-        return tuple(dict.fromkeys(d for dim in dims for d in decisions(dim)))
-
-    def _sizes(self, choices: Choices) -> tuple[int, int, int]:
-        return (
-            size(self.in_channels, choices),
-            size(self.out_channels, choices),
-            size(self.kernel, choices),
-        )
-
-    def settle(self, choices: Choices) -> None:
-        self._set(*self._sizes(choices))
-
-    def _set(self, inputs: int, outputs: int, side: int) -> None:
-        self._inputs, self._outputs, self._side = inputs, outputs, side
-        self._pad = side // 2 if self.padding is None else self.padding
-        self._groups = inputs if self.depthwise else 1
-        self._cut = self._window(inputs, outputs, side)
-
-    def _window(self, inputs: int, outputs: int, side: int) -> Cut:
-        full = tuple(self.weight.shape)
-        cut = _cut(full, (outputs, 1 if self.depthwise else inputs, side, side))
-        if side == full[-1] or cut is None:
-            return cut
-        start = (full[-1] - side) // 2
-        centre = slice(start, start + side)
-        return (*cut[:2], centre, centre)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self._inputs:
-            raise SpaceError(
-                f"a convolution declared for {self._inputs} channels ({text(self.in_channels)})"
-                f" got {x.shape[1]}: declare the channels that the layer before it gives"
-            )
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if self._cut is not None:
-            weight, bias = weight[self._cut], None if bias is None else bias[: self._outputs]
-        return F.conv2d(x, weight, bias, self.stride, self._pad, 1, self._groups)
-
-    def plain(self, make: Maker) -> nn.Module:
-        inputs, outputs, side = self._sizes(make.choices)
-        layer = nn.Conv2d(
-            inputs,
-            outputs,
-            side,
-            stride=self.stride,
-            padding=side // 2 if self.padding is None else self.padding,
-            groups=inputs if self.depthwise else 1,
-            bias=self.bias is not None,
-            device="meta",
-        )
-        cut = self._window(inputs, outputs, side)
-        tensors: dict[str, Tensor] = {"weight": self.weight if cut is None else self.weight[cut]}
-        if self.bias is not None:
-            tensors["bias"] = self.bias[:outputs]
-        return filled(layer, make, tensors, self)
-
-    def extra_repr(self) -> str:
-        kind = "depthwise, " if self.depthwise else ""
-        return (
-            f"{kind}{text(self.in_channels)} -> {text(self.out_channels)},"
-            f" kernel={text(self.kernel)}, stride={self.stride}"
-        )
-
-
-def _check_kernel(kernel: Dim, padding: int | None) -> None:
-    found = [options(d) for d in decisions(kernel)]
-    if not found:
-        return
-    if padding is not None:
-        raise SpaceError(
-            f"a kernel that is a decision ({text(kernel)}) sets its own padding: leave padding out"
-        )
-    even = [o for group in found for o in group if not isinstance(o, str) and o % 2 == 0]
-    if even:
-        raise SpaceError(
-            f"the options of a kernel must be odd, {text(kernel)} has {even[0]}: an even one"
-            " changes the size of the output"
-        )
-
-
-class Conv2d(_Convolution):
-    """A convolution `(b, in, h, w) -> (b, out, h/stride, w/stride)`, square kernel.
-
-    `in_channels`, `out_channels` and `kernel` are sizes: an int, a decision or a product.
-    Padding is `kernel // 2`, unless given for a fixed kernel.
-    """
-
-    def __init__(
-        self,
-        in_channels: Dim,
-        out_channels: Dim,
-        kernel: Dim = 3,
-        stride: int = 1,
-        padding: int | None = None,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, padding, bias, False)
-
-
-class DepthwiseConv2d(_Convolution):
-    """A convolution of each channel on its own `(b, c, h, w) -> (b, c, h/stride, w/stride)`."""
-
-    def __init__(
-        self,
-        channels: Dim,
-        kernel: Dim = 3,
-        stride: int = 1,
-        padding: int | None = None,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(channels, channels, kernel, stride, padding, bias, True)
 
 
 class Linear(Elastic):
@@ -195,6 +22,7 @@ class Linear(Elastic):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    masks = True  # whether a mixture of output sizes masks the output; else what follows does
 
     def __init__(self, in_features: Dim, out_features: Dim, bias: bool = True) -> None:
         super().__init__()
@@ -218,18 +46,42 @@ class Linear(Elastic):
         return tuple(dict.fromkeys(decisions(self.in_features) + decisions(self.out_features)))
 
     def settle(self, choices: Choices) -> None:
+        self.__dict__["_settled"] = choices
+        if self._mixed is not None:
+            self._mixed = None
         self._set(size(self.in_features, choices), size(self.out_features, choices))
 
     def _set(self, inputs: int, outputs: int) -> None:
         self._inputs, self._outputs = inputs, outputs
-        self._cut = _cut(tuple(self.weight.shape), (outputs, inputs))
+        self._cut = cut(tuple(self.weight.shape), (outputs, inputs))
+
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        found = resolve(weights, self.decisions())
+        no_gates(found.values(), found)
+        choices = self._choices()
+        self._mixed = (
+            spread(self.in_features, found, choices),
+            spread(self.out_features, found, choices),
+        )
+
+    def _refuse(self, x: Tensor, inputs: int) -> None:
+        raise SpaceError(
+            f"a linear layer declared for {inputs} features ({text(self.in_features)})"
+            f" got {x.shape[-1]}: declare the features that the layer before it gives"
+        )
+
+    def _mixture(self, x: Tensor, inputs: Spread, outputs: Spread) -> Tensor:
+        if x.shape[-1] != inputs.size:
+            self._refuse(x, inputs.size)
+        bias = None if self.bias is None else self.bias[: outputs.size]
+        y = F.linear(x, self.weight[: outputs.size, : inputs.size], bias)
+        return outputs.masked(y, -1) if self.masks else y
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._mixed is not None:
+            return self._mixture(x, *self._mixed)
         if x.shape[-1] != self._inputs:
-            raise SpaceError(
-                f"a linear layer declared for {self._inputs} features ({text(self.in_features)})"
-                f" got {x.shape[-1]}: declare the features that the layer before it gives"
-            )
+            self._refuse(x, self._inputs)
         if self._cut is None:
             return F.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias[: self._outputs]
@@ -270,15 +122,56 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
         return decisions(self.channels)
 
     def settle(self, choices: Choices) -> None:
+        self.__dict__["_settled"] = choices
+        if self._mixed is not None:
+            self._mixed = None
         self._width = size(self.channels, choices)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self._width
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        found = resolve(weights, self.decisions())
+        no_gates(found.values(), found)
+        self._mixed = spread(self.channels, found, self._choices())
+
+    def _mixture(self, x: Tensor, width: Spread) -> Tensor:
+        if self.training and width.per_sample:
+            x = self._centred(x, width.size, width.mask())
+            scale, shift = self.weight[: width.size], self.bias[: width.size]
+            return width.masked(x * scale[:, None, None] + shift[:, None, None], 1)
+        return width.masked(self._normalised(x, width.size), 1)
+
+    def _centred(self, x: Tensor, n: int, mask: Tensor) -> Tensor:
+        """`x` by the statistics over the samples that have a channel, which are tracked."""
+        self._check(x, n)
+        weight = mask[:, :, None, None].to(x.dtype)
+        # channels that no sample has come out as 0, not as 0 / 0
+        total = (weight.sum(0) * (x.shape[2] * x.shape[3])).clamp_min(self.eps)
+        mean = (x * weight).sum((0, 2, 3), keepdim=True) / total
+        var = ((x - mean).square() * weight).sum((0, 2, 3), keepdim=True) / total
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            rate = self.momentum
+            rate = 1.0 / float(self.num_batches_tracked) if rate is None else rate
+            had = (mask != 0).any(0) * rate
+            count = total.flatten()
+            unbiased = var.flatten() * count / (count - 1).clamp_min(1)
+            self.running_mean[:n] += had * (mean.flatten() - self.running_mean[:n])
+            self.running_var[:n] += had * (unbiased - self.running_var[:n])
+        return (x - mean) * (var + self.eps).rsqrt()
+
+    def _check(self, x: Tensor, n: int) -> None:
         if x.shape[1] != n:
             raise SpaceError(
                 f"a batch norm declared for {n} channels ({text(self.channels)}) got"
                 f" {x.shape[1]}: declare the channels that the layer before it gives"
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._mixed is not None:
+            return self._mixture(x, self._mixed)
+        return self._normalised(x, self._width)
+
+    def _normalised(self, x: Tensor, n: int) -> Tensor:
+        self._check(x, n)
         if n == self.num_features:
             return super().forward(x)
         rate = self.momentum
@@ -328,9 +221,31 @@ class LayerNorm(Elastic, nn.LayerNorm):
         return decisions(self.features)
 
     def settle(self, choices: Choices) -> None:
+        self.__dict__["_settled"] = choices
+        if self._mixed is not None:
+            self._mixed = None
         self._width = size(self.features, choices)
 
+    def mix(self, weights: Mapping[str, Weights]) -> None:
+        found = resolve(weights, self.decisions())
+        no_gates(found.values(), found)
+        self._mixed = spread(self.features, found, self._choices())
+
+    def _mixture(self, x: Tensor, width: Spread) -> Tensor:
+        n = width.size
+        scale, shift = self.weight[:n], self.bias[:n]
+        if len(set(width.sizes)) == 1:
+            return width.masked(F.layer_norm(x, (n,), scale, shift, self.eps), -1)
+        mask = aligned(width.mask(), x, -1)
+        # statistics over the channels that there are, each as much as there is of it
+        total = mask.sum(-1, keepdim=True)
+        mean = (x * mask).sum(-1, keepdim=True) / total
+        var = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
+        return ((x - mean) * (var + self.eps).rsqrt() * scale + shift) * mask
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._mixed is not None:
+            return self._mixture(x, self._mixed)
         n = self._width
         return F.layer_norm(x, (n,), self.weight[:n], self.bias[:n], self.eps)
 
