@@ -38,6 +38,8 @@ FAMILIES: Mapping[str, type[Family]] = _Families(
     {
         "mobilenet": "espalier.nets.mobilenet:MobileNet",
         "resnet": "espalier.nets.resnet:ResNet",
+        "multipath": "espalier.nets.multipath:MultiPath",
+        "superkernel": "espalier.nets.superkernel:Superkernel",
     }
 )
 # the networks of tabular benchmarks: for a search in their tables, so they share no weights
