@@ -1,0 +1,274 @@
+"""Paths drawn by complexity, shifting to where networks still get better.
+
+The range of a price (MACs, say) is cut into bins. In each step a bin is drawn, a target within it,
+and a generator writes the subnet to train; the generator learns from the same loss and from how far
+the price is off the target. Every few epochs the bins' losses are compared with those before, and
+bins whose loss fell more are drawn more often. Uniform sampling of options hardly ever gives very
+small or very large networks; this does (Zhang et al., ShiftNAS: Improving One-shot NAS via
+Probability Shift, 2023, https://arxiv.org/abs/2307.08300). Differs in that the generator first
+learns to meet targets alone, which takes no pass of a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import EspalierError
+from espalier.space import Candidate, Space
+from espalier.train.generator import Generator, Price
+from espalier.train.loop import device_of
+from espalier.train.onehot import one_hot
+from espalier.train.paths import Pass, Paths
+from espalier.train.seeds import generator as stream
+from espalier.train.seeds import global_seed
+
+_BINS, _NOISE, _START, _WARM = 21, 22, 23, 24  # purposes of random streams
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How bins are drawn and the generator learns.
+
+    - `bins`: regions of the price, all as wide.
+    - `sharpness`: a bin's probability is the softmax over bins of how much its loss fell, in
+      standard deviations of that, times this; 0 keeps all bins as likely.
+    - `every`: epochs from one comparison to the next.
+    - `off`: weight of |price - target| / target beside the loss. `targets`: such prices a step, the
+      first of them that of the subnet that runs; the others cost no pass of the network.
+    - `warmup`: steps in which the generator learns to meet targets, before the training.
+    - `lr`, `hidden`, `temperature`: of the generator, its LSTM and its softmax.
+    """
+
+    bins: int = 8
+    sharpness: float = 1.0
+    every: int = 2
+    off: float = 1.0
+    targets: int = 16
+    warmup: int = 300
+    lr: float = 5e-3
+    hidden: int = 48
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("bins", self.bins >= 2, "2 or more"),
+            ("sharpness", self.sharpness >= 0, "0 or more"),
+            ("every", self.every >= 1, "1 or more"),
+            ("off", self.off >= 0, "0 or more"),
+            ("targets", self.targets >= 1, "1 or more"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("lr", self.lr > 0, "above 0"),
+            ("hidden", self.hidden >= 1, "1 or more"),
+            ("temperature", self.temperature > 0, "above 0"),
+        )
+        for name, kept, rule in rules:
+            if not kept:
+                raise EspalierError(
+                    f"{name} of a shift must be {rule}, got {getattr(self, name)!r}"
+                )
+
+
+class Scale:
+    """Prices as shares of the range from the first to the last candidate of a space: 0 to 1.
+
+    Errors: `EspalierError` where the last is not dearer than the first.
+    """
+
+    def __init__(self, space: Space, price: Price) -> None:
+        ends = [space.decode(space.corner(last))[0] for last in (False, True)]
+        with torch.no_grad():
+            low, high = (float(p) for p in price(one_hot(space, ends)))
+        if not 0 < low < high:
+            raise EspalierError(
+                "a price must grow from the first to the last candidate of the space, it goes from"
+                f" {low:g} to {high:g}: put the cheapest option of each decision first"
+            )
+        self.low, self.high, self._price = low, high, price
+
+    def share(self, price: float) -> float:
+        """Where a price lies in the range."""
+        return (price - self.low) / (self.high - self.low)
+
+    def shares(self, choices: Mapping[str, Tensor]) -> Tensor:
+        """Where the prices of choices lie in the range, `(n,)`."""
+        return (self._price(choices) - self.low) / (self.high - self.low)
+
+    def off(self, choices: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+        """|price - target| / target of each row of choices, for targets as shares."""
+        targets = self.low + wanted * (self.high - self.low)
+        return (self._price(choices) - targets).abs() / targets
+
+
+@dataclass(frozen=True)
+class Written(Pass):
+    """A pass of the architecture in the first row of choices; their gradients are kept."""
+
+    choices: Mapping[str, Tensor]
+    extra: Tensor
+
+    def apply(self, supernet: Any, batch: int) -> None:
+        """Mixes with the one-hot choices."""
+        device = device_of(supernet)
+        supernet.mix({name: rows[0].to(device) for name, rows in self.choices.items()})
+
+    def penalty(self) -> Tensor:
+        """How far prices are off their targets."""
+        return self.extra
+
+
+class Shifting(Paths):
+    """One written subnet a step; the generator learns beside the supernet, by Adam.
+
+    `price` of weights `{decision: (n, options)}` is `(n,)`, differentiable. Use a new object for
+    each training. `history` has a row an epoch with the bins' probabilities and losses.
+    """
+
+    def __init__(
+        self, space: Space, price: Price, shift: Shift | None = None, seed: int = 0
+    ) -> None:
+        self.shift = Shift() if shift is None else shift
+        self.scale = Scale(space, price)
+        self.seed = seed
+        self.history: list[dict[str, Any]] = []
+        with global_seed(seed, _START):
+            self.generator = Generator(space, self.shift.hidden)
+        self.module: _Memory = _Memory(self.generator, self.shift)
+        self._epoch_state: tuple[np.random.Generator, torch.Generator] | None = None
+        self._bin, self._extra = 0, 0.0
+        self._meet()
+
+    def candidate(self, price: float, tries: int = 1, seed: int = 0) -> Candidate:
+        """The architecture for a price; of several tries, all but one drawn, the nearest."""
+        return self.generator.write(self.scale.share(price), self.scale.shares, tries, seed)
+
+    def _meet(self) -> None:
+        """The generator learns to meet targets, all equally likely; no network is run."""
+        noise = stream(self.seed, _WARM)
+        for _ in range(self.shift.warmup):
+            wanted = torch.rand(2 * self.shift.targets, generator=noise)
+            choices = self.generator(wanted, noise, self.shift.temperature)
+            self.scale.off(choices, wanted).mean().backward()  # type: ignore[no-untyped-call]
+            self.module.step()
+        self.module.keep()
+
+    def begin(self, space: Space, epoch: int, epochs: int, steps: int, seed: int) -> None:
+        """Takes up the generator as it was kept, and shifts where it is time to."""
+        self.module.restore()
+        if epoch and epoch % self.shift.every == 0:
+            self.module.shift(self.shift.sharpness)
+        self.history.append({"epoch": epoch + 1, **self.module.to_json()})
+        self._epoch_state = np.random.default_rng([seed, epoch, _BINS]), stream(seed, epoch, _NOISE)
+
+    def __call__(self, step: int) -> list[Written]:
+        """The one pass of a step."""
+        assert self._epoch_state is not None
+        rng, noise = self._epoch_state
+        count, bins = self.shift.targets, self.shift.bins
+        likely = self.module.probabilities.double().numpy()
+        drawn = rng.choice(bins, count, p=likely / likely.sum())
+        wanted = torch.from_numpy((drawn + rng.random(count)) / bins).float()
+        choices = self.generator(wanted, noise, self.shift.temperature)
+        extra = self.shift.off * self.scale.off(choices, wanted).mean()
+        self._bin, self._extra = int(drawn[0]), float(extra.detach())
+        return [Written(choices, extra)]
+
+    def learned(self, step: int, losses: Sequence[float]) -> None:
+        """The generator takes its step; the loss is noted with the bin."""
+        self.module.note(self._bin, losses[0] - self._extra)
+        self.module.step()
+        self.module.keep()
+
+    def to_json(self) -> dict[str, Any]:
+        """Its settings."""
+        return {
+            "method": "shifting",
+            **asdict(self.shift),
+            "range": [self.scale.low, self.scale.high],
+        }
+
+
+class _Memory(nn.Module):
+    """What a resumed training has to find again, as buffers: the generator, its moments, the bins.
+
+    The generator is no child, so that the supernet's optimiser leaves it alone.
+    """
+
+    probabilities: Tensor
+    before: Tensor
+    noted: Tensor
+    state: Tensor
+    taken: Tensor
+
+    def __init__(self, generator: Generator, shift: Shift) -> None:
+        super().__init__()
+        self._learned = list(generator.parameters())
+        self._adam = torch.optim.Adam(self._learned, lr=shift.lr, betas=(0.9, 0.99))
+        size = sum(p.numel() for p in self._learned)
+        self.register_buffer("probabilities", torch.full((shift.bins,), 1 / shift.bins))
+        self.register_buffer("before", torch.full((shift.bins,), float("nan")))
+        self.register_buffer("noted", torch.zeros(2, shift.bins))  # sums of losses, and how many
+        self.register_buffer("state", torch.zeros(3, size))  # weights and two moments
+        self.register_buffer("taken", torch.zeros(()))
+        self.keep()
+
+    def step(self) -> None:
+        """One step of the generator on the gradients that it has."""
+        nn.utils.clip_grad_norm_(self._learned, 1.0)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+    def note(self, index: int, loss: float) -> None:
+        """Adds a loss to those of a bin."""
+        self.noted[0, index] += loss
+        self.noted[1, index] += 1
+
+    def shift(self, sharpness: float) -> None:
+        """Makes bins likelier whose mean loss fell more since the last time.
+
+        A bin that was not drawn since keeps the loss that it had.
+        """
+        now = torch.where(self.noted[1] > 0, self.noted[0] / self.noted[1], self.before)
+        fell = self.before - now
+        if not bool(fell.isnan().any()):
+            score = (fell - fell.mean()) / fell.std().clamp_min(1e-9)
+            self.probabilities.copy_(torch.softmax(sharpness * score, 0))
+        self.before.copy_(now)
+        self.noted.zero_()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copies the generator and its moments into the buffers."""
+        held = [self._adam.state.get(p, {}) for p in self._learned]
+        pairs = list(zip(self._learned, held, strict=True))
+        self.state[0] = torch.cat([p.flatten() for p in self._learned])
+        for row, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
+            self.state[row] = torch.cat(
+                [h.get(name, torch.zeros_like(p)).flatten() for p, h in pairs]
+            )
+        self.taken.fill_(next((float(h["step"]) for h in held if h), 0.0))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Brings the generator and its moments back."""
+        start = 0
+        for p in self._learned:
+            own = self.state[:, start : start + p.numel()].reshape(3, *p.shape).clone()
+            start += p.numel()
+            p.copy_(own[0])
+            if self.taken:
+                self._adam.state[p] = {
+                    "step": self.taken.clone(),
+                    "exp_avg": own[1],
+                    "exp_avg_sq": own[2],
+                }
+
+    def to_json(self) -> dict[str, Any]:
+        """The bins."""
+        losses = [None if np.isnan(x) else x for x in self.before.tolist()]
+        return {"probabilities": self.probabilities.tolist(), "losses": losses}
