@@ -17,13 +17,19 @@ def make(module: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
+    optimiser = torch.optim.SGD(
         [g for g in groups if g["params"]],
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
         fused=True,
     )
+    if recipe.momentum > 0:
+        # torch's fused step can't start the momentum of some weights later than that of others, as
+        # single paths through a supernet do
+        for parameter in trained:
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
