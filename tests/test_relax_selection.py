@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from espalier.errors import EspalierError
 from espalier.solvers.relax.perturbation import Perturbation, gated, ordered
 from espalier.solvers.relax.sampled import Sampled, drawn
-from espalier.solvers.relax.softmax import Softmax
 from espalier.space import Space, choice
 
 EDGES = Space([choice(f"edge{i}", "none", "skip", "conv") for i in range(3)])
@@ -61,11 +60,13 @@ def state_of(
         with torch.no_grad():
             supernet.weight.add_(float(epochs))
 
+    given = {name: torch.softmax(torch.tensor(found), 0) for name, found in logits.items()}
     return SimpleNamespace(
         supernet=supernet,
-        logits={name: nn.Parameter(torch.tensor(found)) for name, found in logits.items()},
-        relaxation=Softmax(),
-        settings=SimpleNamespace(epochs=3),
+        mixture=lambda: given,
+        probabilities=given,
+        base=space.decode(space.corner(last=True))[0],
+        one_hot=lambda name, index: torch.eye(space[name].count)[index],
         seed=seed,
         evaluate=lambda weights: accuracy(weights, supernet),
         tune=tune,
@@ -140,13 +141,9 @@ def test_options_that_switch_on_more_or_less_are_judged_by_themselves() -> None:
 
 
 def test_an_edge_keeps_its_strength_when_it_is_fixed() -> None:
-    class Weak(Softmax):
-        def weights(self, logits: Any, moment: Any) -> Any:
-            assert moment.phase == "evaluate"
-            return {name: 0.25 * w for name, w in super().weights(logits, moment).items()}
-
     state = state_of(EDGES, {name: [0.0, 0.0, 0.0] for name in EDGES.names}, lambda w, s: 0.0)
-    state.relaxation = Weak()
+    weak = {name: 0.25 * w for name, w in state.mixture().items()}
+    state.mixture = lambda: weak
     Perturbation()(state)
     first = ordered(EDGES, list(EDGES.names), 0)[0]
     assert state.tuned[0][first].sum() == pytest.approx(0.25)
@@ -170,11 +167,11 @@ def test_sampled_takes_the_best_of_different_candidates_and_puts_weights_back() 
 
 
 def test_draws_follow_the_probabilities() -> None:
-    p = {name: np.array([0.0, 0.25, 0.75]) for name in EDGES.names}
-    found = drawn(EDGES, p, 100, seed=1)
+    p = {name: torch.tensor([0.0, 0.25, 0.75]) for name in EDGES.names}
+    found = drawn(EDGES, p, {}, 100, seed=1)
     assert len(found) == 8  # what has probability 0 never comes
     assert all("none" not in candidate.to_json().values() for candidate in found)
-    firsts = [drawn(EDGES, p, 2, seed)[1]["edge0"] for seed in range(60)]
+    firsts = [drawn(EDGES, p, {}, 2, seed)[1]["edge0"] for seed in range(60)]
     assert 10 <= firsts.count("skip") <= 35  # the second differs from the first: over a quarter
 
 

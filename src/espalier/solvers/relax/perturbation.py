@@ -6,20 +6,18 @@ Wang, Cheng, Chen, Tang & Hsieh, "Rethinking Architecture Selection in Different
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.solvers.relax.moment import Moment
-
-if TYPE_CHECKING:
-    from espalier.solvers.relax.state import SelectionState
-    from espalier.space import Candidate, Space
+from espalier.solvers.relax.selection import assemble
+from espalier.solvers.relax.state import Selection, SelectionState
+from espalier.space import Candidate, Space
 
 _ORDER = 5  # purpose of the random stream that orders the decisions
 
@@ -27,7 +25,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass
-class Perturbation:
+class Perturbation(Selection):
     """Decides one decision after the other, in random order, by what the mixture loses.
 
     Each option's weight is set to 0 and the rest left as they are; the option is kept without which
@@ -48,19 +46,19 @@ class Perturbation:
     def __call__(self, state: SelectionState) -> Candidate:
         space: Space = state.supernet.space
         weights = mixture(state)
-        chosen: dict[str, Any] = {}
+        chosen: dict[str, Tensor] = {}
         self.log.clear()
         for name in ordered(space, list(weights), state.seed):
             left = self._left(state, weights, name)
             # the first of equals, as argmin takes it: nothing else is known of them
             index = int(np.argmin(left))
-            chosen[name] = space[name].options[index]
-            row = {"decision": name, "left": left, "chosen": chosen[name]}
-            self.log.append(row)
+            chosen[name] = state.one_hot(name, index).cpu()
+            option = space[name].options[index]
+            self.log.append({"decision": name, "left": left, "chosen": option})
             weights[name] = fixed(weights[name], index)
             if self.tune_epochs and len(chosen) < len(weights):
                 state.tune(weights, self.tune_epochs)
-        return complete(space, chosen)
+        return assemble(space, chosen, state.base, seed=state.seed)
 
     def _left(self, state: SelectionState, weights: Weights, name: str) -> list[float]:
         """What the removal of each option leaves of the accuracy; of a topology, in sum."""
@@ -82,11 +80,9 @@ class Perturbation:
 
 
 def mixture(state: SelectionState) -> Weights:
-    """The weights that the relaxation gives at evaluation, a vector a decision, detached."""
-    moment = Moment("evaluate", epoch=state.settings.epochs, progress=1.0, generator=None)
-    found = state.relaxation.weights(state.logits, moment)
-    plain = {name: getattr(w, "weights", w).detach() for name, w in found.items()}
-    return {name: w if w.ndim == 1 else w.mean(dim=0) for name, w in plain.items()}
+    """The weights at the end of the search, a vector a decision; those of samples are averaged."""
+    found = {n: w if isinstance(w, Tensor) else w.weights for n, w in state.mixture().items()}
+    return {name: w if w.ndim == 1 else w.mean(dim=0) for name, w in found.items()}
 
 
 def without(weights: Tensor, options: Sequence[int]) -> Tensor:
@@ -124,9 +120,3 @@ def ordered(space: Space, names: Sequence[str], seed: int) -> list[str]:
     rng = np.random.default_rng([seed, _ORDER])
     mixed = [names[i] for i in rng.permutation(len(names))]
     return sorted(mixed, key=lambda name: bool(gated(space, name)))
-
-
-def complete(space: Space, chosen: Mapping[str, Any]) -> Candidate:
-    """The candidate of the decisions chosen; all others at their last option, the largest."""
-    last = {d.name: d.options[-1] for d in space.decisions if d.count}
-    return space.candidate({**last, **chosen})

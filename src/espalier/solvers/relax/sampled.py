@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from espalier.errors import EspalierError
-from espalier.solvers.relax.perturbation import complete
-
-if TYPE_CHECKING:
-    from espalier.solvers.relax.state import SelectionState
-    from espalier.space import Candidate, Space
+from espalier.solvers.relax.selection import assemble
+from espalier.solvers.relax.state import Selection, SelectionState
+from espalier.space import Candidate, Option, Space
 
 _DRAWS = 6  # purpose of the random stream of the draws
 _TRIES = 20  # draws a candidate wanted, before fewer have to do
 
 
 @dataclass
-class Sampled:
+class Sampled(Selection):
     """Draws `n` different candidates, the likeliest among them; the best on validation is chosen.
 
     With `epochs` each is tuned that long from the shared weights, which are put back afterwards;
@@ -44,47 +43,46 @@ class Sampled:
 
     def __call__(self, state: SelectionState) -> Candidate:
         space: Space = state.supernet.space
-        probabilities = {
-            name: _normal(p.detach().double().cpu().numpy())
-            for name, p in state.relaxation.probabilities(state.logits).items()
-        }
-        candidates = drawn(space, probabilities, self.n, state.seed)
-        shared = {name: t.detach().clone() for name, t in state.supernet.state_dict().items()}
+        found = drawn(space, state.probabilities, state.base, self.n, state.seed)
+        module = state.supernet
+        shared = {name: t.detach().clone() for name, t in module.state_dict().items()}
         self.log.clear()
-        for candidate in candidates:
-            weights = {name: one_hot(space, name, candidate) for name in probabilities}
+        for candidate in found:
+            weights = {
+                name: state.one_hot(name, _code(space, name, candidate))
+                for name in state.probabilities
+            }
             if self.epochs:
                 state.tune(weights, self.epochs)
             accuracy = state.evaluate(weights)
-            state.supernet.load_state_dict(shared)
+            module.load_state_dict(shared)
             self.log.append({"candidate": candidate.to_json(), "accuracy": accuracy})
-        best = int(np.argmax([row["accuracy"] for row in self.log]))
-        return candidates[best]
+        return found[int(np.argmax([row["accuracy"] for row in self.log]))]
 
 
-def drawn(space: Space, probabilities: Mapping[str, Any], n: int, seed: int) -> list[Candidate]:
+def drawn(
+    space: Space,
+    probabilities: Mapping[str, Tensor],
+    base: Mapping[str, Option],
+    n: int,
+    seed: int,
+) -> list[Candidate]:
     """Up to `n` different candidates: the likeliest option of each decision, then draws."""
     rng = np.random.default_rng([seed, _DRAWS])
     found: dict[str, Candidate] = {}
     for turn in range(n * _TRIES):
         chosen = {}
         for name, p in probabilities.items():
-            index = int(np.argmax(p)) if turn == 0 else int(rng.choice(len(p), p=p))
-            chosen[name] = space[name].options[index]
-        candidate = complete(space, chosen)
+            chances = p.double().numpy() / float(p.double().sum())
+            index = int(rng.choice(len(chances), p=chances)) if turn else int(np.argmax(chances))
+            chosen[name] = torch.eye(len(chances))[index]
+        candidate = assemble(space, chosen, base, seed=seed)
         found.setdefault(candidate.id, candidate)
         if len(found) == n:
             break
     return list(found.values())
 
 
-def one_hot(space: Space, name: str, candidate: Candidate) -> torch.Tensor:
-    """Weights `(options,)` that run what the candidate has; the first option where it has nothing."""
-    decision = space[name]
-    out = torch.zeros(decision.count)
-    out[int(decision.code(candidate[name])) if name in candidate else 0] = 1.0
-    return out
-
-
-def _normal(p: Any) -> Any:
-    return p / p.sum()
+def _code(space: Space, name: str, candidate: Candidate) -> int:
+    """The option that a candidate has; the first one where it has no such decision."""
+    return int(space[name].code(candidate[name])) if name in candidate else 0
