@@ -40,6 +40,8 @@ FAMILIES: Mapping[str, type[Family]] = _Families(
         "resnet": "espalier.nets.resnet:ResNet",
         "multipath": "espalier.nets.multipath:MultiPath",
         "superkernel": "espalier.nets.superkernel:Superkernel",
+        "hierarchical-vit": "espalier.nets.hierarchical:HierarchicalViT",
+        "hybrid": "espalier.nets.hybrid:Hybrid",
     }
 )
 # the networks of tabular benchmarks: for a search in their tables, so they share no weights
