@@ -22,12 +22,13 @@ def conv_norm(
     stride: int = 1,
     relu: bool = True,
     depthwise: bool = False,
+    transform: bool = False,
 ) -> nn.Sequential:
     """Convolution, batch normalisation and, unless told otherwise, ReLU."""
     conv = (
-        DepthwiseConv2d(inputs, kernel, stride, bias=False)
+        DepthwiseConv2d(inputs, kernel, stride, bias=False, transform=transform)
         if depthwise
-        else Conv2d(inputs, outputs, kernel, stride, bias=False)
+        else Conv2d(inputs, outputs, kernel, stride, bias=False, transform=transform)
     )
     layers: list[tuple[str, nn.Module]] = [("conv", conv), ("norm", BatchNorm2d(outputs))]
     if relu:

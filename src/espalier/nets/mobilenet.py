@@ -37,12 +37,13 @@ class InvertedResidual(nn.Module):
         expansion: Dim | float,
         stride: int,
         residual: bool,
+        transform: bool = False,
     ) -> None:
         super().__init__()
         inner = product(inputs, expansion)
         self.residual = residual
         self.expand = conv_norm(inputs, inner)
-        self.filter = conv_norm(inner, inner, kernel, stride, depthwise=True)
+        self.filter = conv_norm(inner, inner, kernel, stride, depthwise=True, transform=transform)
         self.project = conv_norm(inner, outputs, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class MobileNet(Supernet):
     - `stem`, `head`: widths in channels. `widths`: one set a stage, the number of which follows
       from the size of the image.
     - `depth`: blocks a stage. `kernel`: odd. `expansion`: inner width over outer.
+    - `transform`: smaller kernels are learned transforms of the larger ones, as in Once-for-All.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MobileNet(Supernet):
         kernel: Options | int = (3, 5),
         expansion: Options | float = (2, 3, 4),
         head: Options | int | None = None,
+        transform: bool = False,
     ) -> None:
         super().__init__(shape, classes)
         stem_stride, stage_strides = strides(self.shape)
@@ -87,7 +90,8 @@ class MobileNet(Supernet):
         for index, stride in enumerate(stage_strides, 1):
             name = f"stage{index}"
             out = whole(f"{name}.width", found[index - 1])
-            self.add_module(name, _stage(name, width, out, stride, depth, kernel, expansion))
+            inner = (depth, kernel, expansion, transform)
+            self.add_module(name, _stage(name, width, out, stride, *inner))
             width = out
         last = whole("head.width", HEAD[stages] if head is None else head)
         self.head = _head(width, last, self.classes)
@@ -101,6 +105,7 @@ def _stage(
     depth: Options | int,
     kernel: Options | int,
     expansion: Options | float,
+    transform: bool,
 ) -> Repeat:
     def block(index: int) -> InvertedResidual:
         return InvertedResidual(
@@ -110,6 +115,7 @@ def _stage(
             knob(f"{name}.{index}.expansion", expansion),
             stride if index == 0 else 1,
             residual=index > 0,
+            transform=transform,
         )
 
     return Repeat(whole(f"{name}.depth", depth), block)

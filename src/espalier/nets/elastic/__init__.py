@@ -13,6 +13,7 @@ from espalier.nets.elastic.dims import Dim, Product, product
 from espalier.nets.elastic.layers import BatchNorm2d, LayerNorm, Linear
 from espalier.nets.elastic.mixing import Gates, Mixture
 from espalier.nets.elastic.resize import Resize
+from espalier.nets.elastic.sorting import sort_channels
 
 __all__ = [
     "Attention",
@@ -32,4 +33,5 @@ __all__ = [
     "Resize",
     "Skippable",
     "product",
+    "sort_channels",
 ]

@@ -2,7 +2,9 @@
 
 Smaller sizes are slices of the largest: the first channels, and the centre of a kernel
 (Cai et al., Once-for-All, 2020). Slices are views, taken anew in each pass so that gradients
-reach the shared weights; the largest size is the weights themselves.
+reach the shared weights; the largest size is the weights themselves. With `transform=True` a
+smaller kernel is the centre of the next larger one times a learned matrix, as in that paper: 25x25
+from 7 to 5, 9x9 from 5 to 3, shared by all channels of the layer, the identity at first.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class _Convolution(Elastic):
         padding: int | None,
         bias: bool,
         depthwise: bool,
+        transform: bool,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
@@ -64,6 +67,9 @@ class _Convolution(Elastic):
         shape = (outputs, 1 if depthwise else inputs, side, side)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self._steps = _steps(kernel) if transform else ()
+        for step in self._steps:
+            self.register_parameter(f"to_{step}", nn.Parameter(torch.empty(step**2, step**2)))
         self.reset_parameters()
         self._set(*self._most)
 
@@ -76,6 +82,8 @@ class _Convolution(Elastic):
         initialise(layer)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        for step in self._steps:
+            nn.init.eye_(self.get_parameter(f"to_{step}"))
 
     def decisions(self) -> tuple[Decision, ...]:
         dims = (self.in_channels, self.out_channels, self.kernel)
@@ -110,6 +118,7 @@ class _Convolution(Elastic):
 
     def _window(self, inputs: int, outputs: int, side: int) -> Cut:
         full = tuple(self.weight.shape)
+        side = full[-1] if self._steps else side  # transforms take the whole kernel
         window = cut(full, (outputs, 1 if self.depthwise else inputs, side, side))
         if side == full[-1] or window is None:
             return window
@@ -123,13 +132,38 @@ class _Convolution(Elastic):
             f" got {x.shape[1]}: declare the channels that the layer before it gives"
         )
 
+    def _transformed(self, weight: Tensor, side: int) -> Tensor:
+        """The kernels of size `side` that the transforms make of the largest ones."""
+        for step in self._steps:
+            if step < side:
+                break
+            border = (weight.shape[-1] - step) // 2
+            centre = weight[..., border : border + step, border : border + step]
+            matrix = self.get_parameter(f"to_{step}")
+            weight = F.linear(centre.flatten(-2), matrix).reshape(centre.shape)
+        return weight
+
+    def _blended(self, weight: Tensor, side: Spread) -> Tensor:
+        """The sum over kernels of weight times kernel, each in the centre of the largest."""
+        total: Tensor | None = None
+        parts = (None,) if side.sure else side.weights().to(weight.dtype)
+        for own, part in zip(side.sizes, parts, strict=True):
+            border = (side.size - own) // 2
+            kernel = F.pad(self._transformed(weight, own), (border,) * 4)
+            kernel = kernel if part is None else part * kernel
+            total = kernel if total is None else total + kernel
+        assert total is not None
+        return total
+
     def _mixture(self, x: Tensor, mixed: _Mixture) -> Tensor:
         inputs, outputs, side = mixed.inputs.size, mixed.outputs.size, mixed.side.size
         if x.shape[1] != inputs:
             self._refuse(x, inputs)
         window = self._window(inputs, outputs, side)
         weight = self.weight if window is None else self.weight[window]
-        if not mixed.side.sure:
+        if self._steps:
+            weight = self._blended(weight, mixed.side)
+        elif not mixed.side.sure:
             weight = weight * mixed.side.taps().to(weight.dtype)
         bias = None if self.bias is None else self.bias[:outputs]
         padding = side // 2 if self.padding is None else self.padding
@@ -145,6 +179,8 @@ class _Convolution(Elastic):
         bias: Tensor | None = self.bias
         if self._cut is not None:
             weight, bias = weight[self._cut], None if bias is None else bias[: self._outputs]
+        if self._steps:
+            weight = self._transformed(weight, self._side)
         return F.conv2d(x, weight, bias, self.stride, self._pad, 1, self._groups)
 
     def plain(self, make: Maker) -> nn.Module:
@@ -161,6 +197,7 @@ class _Convolution(Elastic):
         )
         window = self._window(inputs, outputs, side)
         weight = self.weight if window is None else self.weight[window]
+        weight = self._transformed(weight, side)
         tensors: dict[str, Tensor] = {"weight": weight}
         if self.bias is not None:
             tensors["bias"] = self.bias[:outputs]
@@ -190,11 +227,23 @@ def _check_kernel(kernel: Dim, padding: int | None) -> None:
         )
 
 
+def _steps(kernel: Dim) -> tuple[int, ...]:
+    """The kernel sizes that a transform makes, the largest first."""
+    if isinstance(kernel, int):
+        return ()
+    if not isinstance(kernel, Decision):
+        raise SpaceError(
+            f"transforms need a kernel that is one decision, got {text(kernel)}: leave transform out"
+        )
+    return tuple(sorted((int(option) for option in options(kernel)), reverse=True)[1:])
+
+
 class Conv2d(_Convolution):
     """A convolution `(b, in, h, w) -> (b, out, h/stride, w/stride)`, square kernel.
 
     `in_channels`, `out_channels` and `kernel` are sizes: an int, a decision or a product.
-    Padding is `kernel // 2`, unless given for a fixed kernel.
+    Padding is `kernel // 2`, unless given for a fixed kernel. `transform`: smaller kernels are
+    learned transforms of the larger ones.
     """
 
     def __init__(
@@ -205,12 +254,16 @@ class Conv2d(_Convolution):
         stride: int = 1,
         padding: int | None = None,
         bias: bool = True,
+        transform: bool = False,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, padding, bias, False)
+        super().__init__(in_channels, out_channels, kernel, stride, padding, bias, False, transform)
 
 
 class DepthwiseConv2d(_Convolution):
-    """A convolution of each channel on its own `(b, c, h, w) -> (b, c, h/stride, w/stride)`."""
+    """A convolution of each channel on its own `(b, c, h, w) -> (b, c, h/stride, w/stride)`.
+
+    `transform`: smaller kernels are learned transforms of the larger ones.
+    """
 
     def __init__(
         self,
@@ -219,5 +272,6 @@ class DepthwiseConv2d(_Convolution):
         stride: int = 1,
         padding: int | None = None,
         bias: bool = True,
+        transform: bool = False,
     ) -> None:
-        super().__init__(channels, channels, kernel, stride, padding, bias, True)
+        super().__init__(channels, channels, kernel, stride, padding, bias, True, transform)
