@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from espalier.nets.elastic import Elastic, Gates, Repeat
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.relaxation import Logits, Relaxation
 
@@ -23,10 +24,19 @@ class BinaryGates(Relaxation):
     both logits, through the softmax over the two alone. After the step only these two logits have
     changed, and such that together they are as probable as before: so the probabilities of the other
     options stay as they were. Terms (expected cost) reach the sampled logits the same way.
+    Depths and sizes, of which none can stand idle, run both options with the shares as weights.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[str, tuple[int, int]] = {}
+        self._sizes: set[str] = set()
+
+    def start(
+        self, supernet: Any, names: Sequence[str], generator: torch.Generator
+    ) -> dict[str, nn.Parameter]:
+        """Logits as of every relaxation."""
+        self._pairs, self._sizes = {}, _sizes(supernet)
+        return super().start(supernet, names, generator)
 
     def weights(self, logits: Logits, moment: Moment) -> Mixture:
         """One path, one path with an idle rival, or the probabilities, by the phase."""
@@ -43,8 +53,6 @@ class BinaryGates(Relaxation):
     def _two(
         self, logits: Logits, chances: tuple[Tensor, ...], generator: torch.Generator
     ) -> Mixture:
-        from espalier.nets.elastic.mixing import Gates
-
         out: dict[str, Tensor | Gates] = {}
         self._pairs = {}
         for (name, found), p in zip(logits.items(), chances, strict=True):
@@ -55,11 +63,13 @@ class BinaryGates(Relaxation):
             first = int(torch.multinomial(p[pair], 1, generator=generator))
             runs, rests = int(pair[first]), int(pair[1 - first])
             both = torch.softmax(torch.stack([found[runs], found[rests]]), 0)
-            moved = both - both.detach()  # 0 in value, with the gradient of the two shares
             at = torch.tensor([runs, rests], device=found.device)
-            gates = _one_hot(found, runs).scatter_add(0, at, moved)
-            out[name] = Gates(gates, (rests,))
             self._pairs[name] = (runs, rests)
+            if name in self._sizes:
+                out[name] = torch.zeros_like(found).scatter_add(0, at, both)
+                continue
+            moved = both - both.detach()  # 0 in value, with the gradient of the two shares
+            out[name] = Gates(_one_hot(found, runs).scatter_add(0, at, moved), (rests,))
         return out
 
     def after_step(self, logits: Logits, before: Mapping[str, Tensor]) -> None:
@@ -79,6 +89,17 @@ def _chances(logits: Logits) -> tuple[Tensor, ...]:
     everything = torch.cat([found.detach() for found in logits.values()]).float().cpu()
     parts = torch.split(everything, sizes)
     return tuple(torch.softmax(part, 0).clamp_(min=1e-12) for part in parts)  # two can be drawn
+
+
+def _sizes(supernet: nn.Module) -> set[str]:
+    """Decisions that act on how much of a module runs, not on which module."""
+    return {
+        decision.name
+        for module in supernet.modules()
+        if isinstance(module, Elastic)
+        and (isinstance(module, Repeat) or next(iter(module.branches()), None) is None)
+        for decision in module.decisions()
+    }
 
 
 def _one_hot(like: Tensor, index: int) -> Tensor:
