@@ -3,15 +3,17 @@
 Mean test regret at 25, 50, 100, 150 and 300 queries on NAS-Bench-201 (CIFAR-10, CIFAR-100) and
 NAS-Bench-Macro, 100 seeds, chosen by validation and reported on test. Peers run in environments of their
 own (made by this script under .cache/peers): Optuna (TPE, GP, NSGA-II), pymoo (its genetic algorithm for
-mixed variables), NePS (Bayesian optimisation, regularised evolution). All are asked one candidate at a
-time; a candidate that a peer proposes again costs it nothing. Populations are 20 wherever there is one.
+mixed variables), NePS (Bayesian optimisation, regularised evolution); and out of checkouts, where they
+are given, the regularised evolution of github.com/D-X-Y/AutoDL-Projects and regularised evolution, local
+search and BANANAS of github.com/automl/NASLib. All are asked one candidate at a time; a candidate that a peer proposes again costs it nothing. Populations are 20 wherever there is one.
 Slow peers get fewer seeds: the figures say how many. Runs that are done are kept under .cache/quality and
 not run again.
 
     python benchmarks/strategies_quality.py --quick               # 3 seeds, 50 queries: a minute
     python benchmarks/strategies_quality.py --estimate            # how long the whole run takes here
     python benchmarks/strategies_quality.py                       # all of it
-    python benchmarks/strategies_quality.py --only guided,optuna-tpe --tables nb_macro
+    python benchmarks/strategies_quality.py --only "guided;optuna-tpe" --tables nb_macro
+    python benchmarks/strategies_quality.py --autodl CHECKOUT --naslib CHECKOUT
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from espalier.bench.told import told
 from espalier.errors import EspalierError
 from espalier.flows.machine import machine
 from espalier.solvers.strategies import STRATEGIES
-from peers.environments import PEERS
+from peers.environments import PEERS, Peer, from_checkouts
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parents[1] / ".cache" / "quality"
@@ -40,9 +42,8 @@ TABLES = ("nb201:dataset=cifar10", "nb201:dataset=cifar100", "nb_macro")
 BUDGETS = (25, 50, 100, 150, 300)
 # with one epoch level a multi-fidelity strategy is another one: these race over time, elsewhere
 LEFT_OUT = ("halving", "hyperband", "asha", "bohb")
-# two settings of regularised evolution: a common one, and that of xautodl's script for NATS-Bench (2020).
-# The script itself is in xautodl's repository but not in its package, which moreover pins a numpy that
-# is not built for this Python; NASLib is in no package index
+# two settings of regularised evolution: a common one, and that of xautodl's script for NATS-Bench (2020),
+# which is in its repository but not in its package; that moreover pins a numpy not built for this Python
 PUBLISHED = ("evolution:population=30,sample=10", "evolution:population=10,sample=3")
 # the seeds of what is too slow for all of them, so that the whole takes about an hour
 FEWER = {
@@ -55,17 +56,20 @@ FEWER = {
     "cmaes": 30,
     "reinforce": 30,
     "pymoo-ga": 50,
+    "naslib-bananas": 3,
 }
 # and its queries: Bayesian optimisation in NePS takes seconds a proposal
-SHORTER = {"neps-bo": 50}
+SHORTER = {"neps-bo": 50, "naslib-bananas": 100}
+# what knows the cells of NAS-Bench-201 only
+CELLS_ONLY = ("autodl-evolution", "naslib-bananas")
 
 
-def racing(only: str) -> list[Entrant]:
+def racing(only: str, checkouts: list[Peer]) -> list[Entrant]:
     """Espalier's strategies and the peers of one objective."""
     own = [name for name in STRATEGIES if name not in LEFT_OUT and name != "nsga2"]
     found = entrants([*own, *PUBLISHED])
     found += [peer.entrant() for peer in PEERS.values() if peer.method != "nsga2"]
-    found += [PEERS["optuna-nsga2"].entrant()]
+    found += [peer.entrant() for peer in (PEERS["optuna-nsga2"], *checkouts)]
     wanted = {name.strip() for name in only.split(";") if name.strip()}
     return [e for e in found if not wanted or e.name in wanted]
 
@@ -75,6 +79,8 @@ def raced(name: str, given: list[Entrant], queries: int, seeds: int) -> dict[str
     table = tables.load(name)
     out: dict[str, Any] = {"strategies": {}}
     for entrant in given:
+        if entrant.name in CELLS_ONLY and not name.startswith("nb201"):
+            continue
         own = min(seeds, FEWER.get(entrant.name, seeds))
         asked = min(queries, SHORTER.get(entrant.name, queries))
         folder = CACHE / f"{name.replace(':', '-')}-{asked}"
@@ -157,11 +163,13 @@ def main() -> None:
     parser.add_argument("--tables", default=";".join(TABLES), help="with ; between")
     parser.add_argument("--only", default="", help="strategies and peers, with ; between")
     parser.add_argument("--fresh", action="store_true", help="forget the runs that are kept")
+    parser.add_argument("--autodl", type=Path, help="a checkout of AutoDL-Projects")
+    parser.add_argument("--naslib", type=Path, help="a checkout of NASLib")
     args = parser.parse_args()
     if args.fresh:
         shutil.rmtree(CACHE, ignore_errors=True)
     queries, seeds = (50, 3) if args.quick else (max(BUDGETS), args.seeds)
-    given = racing(args.only)
+    given = racing(args.only, from_checkouts(args.autodl, args.naslib))
     if args.estimate:
         estimate(given, queries, seeds)
         return

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Peer:
     environment: str
     script: str
     method: str
+    checkout: str = field(default="", repr=False)  # of a repository that is in no package index
 
     def entrant(self, objectives: int = 1) -> Entrant:
         """The peer as an entrant of a race."""
@@ -63,6 +64,19 @@ PEERS = {
         Peer("neps-evolution", "neps", "neps_peer.py", "regularized_evolution"),
     )
 }
+
+
+def from_checkouts(autodl: Path | None, naslib: Path | None) -> list[Peer]:
+    """Strategies of repositories, as far as a checkout of them is given."""
+    found = []
+    if autodl is not None:
+        found.append(Peer("autodl-evolution", "bayes", "autodl_peer.py", "re", str(autodl)))
+    if naslib is not None:
+        found += [
+            Peer(f"naslib-{name}", "bayes", "naslib_peer.py", method, str(naslib))
+            for name, method in (("evolution", "re"), ("local", "ls"), ("bananas", "bananas"))
+        ]
+    return found
 
 
 @cache
@@ -87,11 +101,11 @@ def python(environment: str) -> Path:
 
 
 @cache
-def process(environment: str, script: str) -> subprocess.Popen[str]:
+def process(environment: str, script: str, *arguments: str) -> subprocess.Popen[str]:
     """The running script; one serves all the seeds and methods."""
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     started = subprocess.Popen(
-        [str(python(environment)), str(HERE / script)],
+        [str(python(environment)), str(HERE / script), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -108,7 +122,8 @@ class Piped(Strategy):
 
     def __init__(self, space: Space, seed: int = 0, *, peer: Peer, objectives: int = 1) -> None:
         super().__init__(space, seed)
-        self._process = process(peer.environment, peer.script)
+        given = (peer.checkout,) if peer.checkout else ()
+        self._process = process(peer.environment, peer.script, *given)
         self._known: dict[Any, list[float]] = {}
         counts = [d.count for d in space.decisions]
         if not all(counts):

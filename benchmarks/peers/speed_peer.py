@@ -123,6 +123,9 @@ def pymoo_run(request: dict[str, Any]) -> dict[str, float]:
     return clocked(work)
 
 
+AUTODL_OPERATORS = ["none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"]
+
+
 class Api:
     """What AutoDL-Projects' evolution asks of NAS-Bench-201: here, a dictionary."""
 
@@ -134,11 +137,14 @@ class Api:
     def reset_time(self) -> None:
         self.spent = 0.0
 
+    def codes(self, arch: Any) -> list[int]:
+        """Operators by edge, in the order of NAS-Bench-201."""
+        return [self.code[name] for node in arch.nodes for name, _ in node]
+
     def query_index_by_arch(self, arch: Any) -> int:
         row = 0
-        for node in arch.nodes:
-            for name, _ in node:
-                row = 5 * row + self.code[name]
+        for code in self.codes(arch):
+            row = 5 * row + code
         return row
 
     def simulate_train_eval(
@@ -148,9 +154,8 @@ class Api:
         return self.values[self.query_index_by_arch(arch)], 0, 0, self.spent
 
 
-def autodl_evolution(request: dict[str, Any]) -> dict[str, float]:
-    """exps/NATS-algos/regularized_ea.py of a checkout, as it is, with a table in memory."""
-    checkout = Path(request["checkout"])
+def autodl_script(checkout: Path) -> Any:
+    """exps/NATS-algos/regularized_ea.py of a checkout, as it is."""
     sys.path[:0] = [str(checkout), str(checkout / "lib")]
     # the script imports much that its evolution does not use
     for name in ("config_utils", "datasets", "procedures", "utils", "log_utils"):
@@ -164,8 +169,13 @@ def autodl_evolution(request: dict[str, Any]) -> dict[str, float]:
     bench = types.ModuleType("nats_bench")
     bench.create = None  # type: ignore[attr-defined]
     sys.modules.update({"xautodl.models": models, "nats_bench": bench})
-    script = _loaded("regularized_ea", checkout / "exps" / "NATS-algos" / "regularized_ea.py")
-    operations = ["none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"]
+    return _loaded("regularized_ea", checkout / "exps" / "NATS-algos" / "regularized_ea.py")
+
+
+def autodl_evolution(request: dict[str, Any]) -> dict[str, float]:
+    """The script's evolution, with a table in memory."""
+    script = autodl_script(Path(request["checkout"]))
+    operations = AUTODL_OPERATORS
     table = np.random.default_rng(0).random(5**6).tolist()
 
     def work() -> None:
