@@ -32,6 +32,10 @@ class Bare(nn.Module):
         self.space = sp.Space([sp.choice(n, "x", "y", "z") for n in ("a", "b", "c")])
         self.joins = {"1": ("a",), "2": ("b", "c")}
 
+    def mix(self, weights: dict[str, Gates]) -> None:
+        if "c" in weights:
+            raise SpaceError("c is a size")
+
 
 def moment(phase: str, seed: int = 0, progress: float = 0.0) -> Moment:
     chance = None if phase == "evaluate" else torch.Generator().manual_seed(seed)
@@ -67,7 +71,7 @@ def test_max_weight_gives_the_likeliest_one():
     p = softmax([1.0, 3.0, 2.0])
     found = MaxWeight().weights(logits(a=[1.0, 3.0, 2.0]), moment("weights"))["a"]
     assert found.tolist() == pytest.approx([1 - p[1] + q for q in p])
-    assert float(found[1]) == pytest.approx(1.0)
+    assert float(found[1].detach()) == pytest.approx(1.0)
 
 
 def test_hard_gumbel_samples_by_the_probabilities():
@@ -185,6 +189,19 @@ def test_edges_of_gates_stay_gates():
     assert float(found.weights[found.idle[0]]) == 0
     found.weights[found.idle[0]].backward()
     assert float(given["b"].grad.abs().sum()) > 0
+
+
+def test_gates_of_sizes_run_both_options_with_their_shares():
+    relaxation = BinaryGates()
+    given = relaxation.start(Bare(), ("a", "c"), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        given["c"].copy_(torch.tensor([0.0, 1.0, 2.0]))
+    found = relaxation.weights(given, moment("architecture", 4))
+    assert isinstance(found["a"], Gates)
+    assert isinstance(found["c"], Tensor)
+    pair = [i for i, w in enumerate(found["c"].tolist()) if w]
+    assert [float(found["c"][i].detach()) for i in pair] == pytest.approx(softmax(pair))
+    assert len(pair) == 2
 
 
 def test_thresholds_are_the_supernets_own():

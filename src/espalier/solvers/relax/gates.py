@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from espalier.nets.elastic import Elastic, Gates, Repeat
+from espalier.errors import SpaceError
+from espalier.nets.elastic import Gates
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.relaxation import Logits, Relaxation
 
@@ -35,7 +36,7 @@ class BinaryGates(Relaxation):
         self, supernet: Any, names: Sequence[str], generator: torch.Generator
     ) -> dict[str, nn.Parameter]:
         """Logits as of every relaxation."""
-        self._pairs, self._sizes = {}, _sizes(supernet)
+        self._pairs, self._sizes = {}, _sizes(supernet, names)
         return super().start(supernet, names, generator)
 
     def weights(self, logits: Logits, moment: Moment) -> Mixture:
@@ -91,15 +92,17 @@ def _chances(logits: Logits) -> tuple[Tensor, ...]:
     return tuple(torch.softmax(part, 0).clamp_(min=1e-12) for part in parts)  # two can be drawn
 
 
-def _sizes(supernet: nn.Module) -> set[str]:
-    """Decisions that act on how much of a module runs, not on which module."""
-    return {
-        decision.name
-        for module in supernet.modules()
-        if isinstance(module, Elastic)
-        and (isinstance(module, Repeat) or next(iter(module.branches()), None) is None)
-        for decision in module.decisions()
-    }
+def _sizes(supernet: Any, names: Sequence[str]) -> set[str]:
+    """Decisions for which the supernet takes no gates: of sizes and depths. It is left mixed."""
+    found = set()
+    for name in names:
+        weights = torch.zeros(supernet.space[name].count)
+        weights[-1] = 1.0
+        try:
+            supernet.mix({name: Gates(weights, tuple(range(len(weights) - 1))[:1])})
+        except SpaceError:
+            found.add(name)
+    return found
 
 
 def _one_hot(like: Tensor, index: int) -> Tensor:

@@ -97,10 +97,10 @@ class _Search:
         self.relaxation, self.rule, self.terms = relaxation, rule, terms
         self.names = _names(supernet, names)
         self.base = _base(supernet)
-        supernet.activate(self.base)
         supernet.to(memory_format=torch.channels_last)
         device = device_of(supernet)
         self.logits = relaxation.start(supernet, self.names, generator(seed, _LOGITS))
+        supernet.activate(self.base)
         parts: dict[Part, Task] = {"train": task}
         if rule.splits:
             first, second = halves(task, settings.arch_share, seed)

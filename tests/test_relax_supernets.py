@@ -1,0 +1,119 @@
+"""The search on the supernets that ship, at tiny sizes on digits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from espalier import tasks
+from espalier.nets.multipath import MultiPath
+from espalier.nets.nb201_supernet import NB201Supernet
+from espalier.nets.superkernel import Superkernel
+from espalier.solvers.relax import (
+    BinaryGates,
+    EdgeNormalised,
+    ExpectedCost,
+    Gumbel,
+    Rarts,
+    SelectionState,
+    Settings,
+    SingleLevel,
+    Thresholds,
+    expected_cost,
+    relax,
+)
+
+SHAPE = (1, 8, 8)
+QUICK = Settings(epochs=2, batch=32, lr=0.05, arch_lr=0.05, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return tasks.images("digits", train=128, validation=64)
+
+
+def cells(partial: int = 1) -> NB201Supernet:
+    torch.manual_seed(0)
+    return NB201Supernet(SHAPE, 10, channels=4, cells=1, partial=partial, affine=False)
+
+
+def price(module, shape):
+    return float(sum(p.numel() for p in module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("partial", "slots"),
+    [
+        (1, {}),
+        (1, {"relaxation": Gumbel(5.0, hard=True)}),
+        (1, {"relaxation": BinaryGates()}),
+        (1, {"rule": Rarts(in_turn=False)}),
+        (2, {"relaxation": EdgeNormalised()}),
+    ],
+    ids=["darts", "gdas", "proxyless", "rarts", "pc-darts"],
+)
+def test_cells_are_searched(digits, partial, slots):
+    net = cells(partial)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    found = relax(net, digits, settings=QUICK, **slots)
+    assert set(found.candidate) == set(net.space.names) == set(found.probabilities)
+    rows = found.history
+    for name in net.space.names:  # every edge has learned
+        assert rows[0]["probabilities"][name] != rows[1]["probabilities"][name]
+    assert any(not torch.equal(before[name], p) for name, p in net.named_parameters())
+    likeliest = [net.space[n].options[max(range(5), key=p.__getitem__)] for n, p in _items(found)]
+    without = sum(option in ("none", "skip_connect", "avg_pool_3x3") for option in likeliest)
+    assert rows[-1]["parameterless"] == without
+
+
+def _items(found):
+    return list(found.probabilities.items())
+
+
+def test_a_selection_scores_one_hot_mixtures_as_candidates(digits):
+    seen = {}
+
+    def select(state: SelectionState):
+        candidate = state.supernet.space.candidate(
+            dict.fromkeys(state.supernet.space.names, "nor_conv_1x1")
+        )
+        hot = {name: state.one_hot(name, 2) for name in state.names}
+        before = {n: b.clone() for n, b in state.supernet.named_buffers()}
+        seen["mixed"], seen["plain"] = state.evaluate(hot), state.evaluate(candidate)
+        assert all(torch.equal(before[n], b) for n, b in state.supernet.named_buffers())
+        seen["few"] = state.evaluate(candidate, images=10)
+        weights = state.supernet.stem[0].weight
+        old = weights.detach().clone()
+        state.tune(hot, 2, lr=0.05)
+        assert not torch.equal(old, weights)
+        seen["tuned"] = state.evaluate(hot)
+        return candidate
+
+    found = relax(cells(), digits, settings=QUICK, selection=select)
+    assert seen["mixed"] == seen["plain"]
+    assert seen["few"] * 10 == pytest.approx(round(seen["few"] * 10))
+    assert seen["tuned"] >= seen["mixed"]
+    assert found.monitor["derived_accuracy"] == seen["tuned"]
+
+
+def test_multipath_blocks_are_searched_under_an_expected_cost(digits):
+    torch.manual_seed(0)
+    net = MultiPath(SHAPE, 10, kernels=(3,), expansions=(1, 2))
+    expected = expected_cost(net, price)
+    start = float(expected({n: torch.full((net.space[n].count,), 0.5) for n in net.mixable}))
+    term = ExpectedCost(expected, target=start, coefficient=50.0, name="params")
+    settings = Settings(epochs=1, batch=32, arch_lr=0.3, precision="fp32")
+    found = relax(net, digits, relaxation=BinaryGates(), terms=[term], settings=settings)
+    assert found.history[0]["terms"]["params"] > 0
+    assert expected.at(found.candidate) < expected.at(net.uniform(1.0))
+
+
+def test_a_superkernel_learns_its_thresholds(digits):
+    torch.manual_seed(0)
+    net = Superkernel(SHAPE, 10)
+    before = {name: p.detach().clone() for name, p in net.architecture_parameters().items()}
+    settings = Settings(epochs=1, batch=32, arch_lr=0.05, arch_decay=0.0, precision="fp32")
+    found = relax(net, digits, relaxation=Thresholds(), rule=SingleLevel(), settings=settings)
+    moved = net.architecture_parameters()
+    assert any(float(moved[name].detach()) != float(old) for name, old in before.items())
+    assert found.candidate == net.chosen()
