@@ -1,6 +1,7 @@
 """The loop that every training shares: epochs, learning rate, checkpoints, progress.
 
-What differs, one step on one batch, is a function given to it.
+What differs, one step on one batch, is a function given to it. Where torchrun started several
+processes (`train.distributed`), each takes its share of every batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from espalier.errors import EspalierError
 from espalier.tasks import Task
 from espalier.train import checkpoint as checkpoints
+from espalier.train import distributed
 from espalier.train import optimiser as optimisers
 from espalier.train.precision import Format, resolve
 from espalier.train.recipe import Recipe
@@ -54,12 +56,14 @@ def train(
     `settings` is what else the result depends on: a checkpoint of other settings is refused.
     `after_step(epoch, step)` is called after each step of the optimiser.
     """
+    distributed.check_batch(recipe.batch)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    distributed.start_alike(module)
     optimiser = optimisers.make(module, recipe)
     identity = _identity(module, task, recipe, seed, settings)
     history: list[dict[str, Any]] = []
     chosen = resolve(recipe.precision, device_of(module).type)
-    saved = None if checkpoint is None else checkpoints.read(checkpoint)
+    saved = None if checkpoint is None else distributed.read(checkpoint, device_of(module))
     if saved is not None and checkpoint is not None:
         checkpoints.check(checkpoint, saved.counters["identity"], identity)
         checkpoints.unpack(saved.tensors, module, optimiser)
@@ -71,6 +75,9 @@ def train(
             step = epoch_of(epoch, chosen)
             row = _epoch(module, task, recipe, seed, epoch, step, optimiser, after_step)
             history.append(row)
+        distributed.average_buffers(module)
+        if distributed.rank() > 0:
+            continue  # the first process keeps the record
         last = epoch + 1 == recipe.epochs
         if checkpoint is not None and (
             last or time.monotonic() - written >= _SECONDS_BETWEEN_CHECKPOINTS
@@ -103,7 +110,11 @@ def _epoch(
         lr = optimisers.rate(recipe, epoch * steps + count, recipe.epochs * steps)
         for group in optimiser.param_groups:
             group["lr"] = lr
-        loss = float(step(channels_last(x.to(device)), y.to(device), count))
+        rows, part = len(y), distributed.share(y)
+        if rows < 2 * distributed.ranks():
+            continue  # too few for all, as a last batch of one example is for one
+        loss = float(step(channels_last(distributed.share(x).to(device)), part.to(device), count))
+        loss = distributed.combine(parameters, loss, len(part) / rows)
         if not math.isfinite(loss):
             raise Diverged(
                 f"the loss is {loss} in epoch {epoch + 1}, step {count + 1}: the training diverged; "
@@ -119,9 +130,9 @@ def _epoch(
 
 
 def steps_of(task: Task, batch: int) -> int:
-    """Number of batches in a training pass, which drops a last batch of one example."""
+    """Number of batches in a training pass, which drops a last batch of one example a process."""
     whole, rest = divmod(task.size("train"), batch)
-    return max(whole + (rest > 1), 1)
+    return max(whole + (rest >= 2 * distributed.ranks()), 1)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -145,4 +156,5 @@ def _identity(
         "seed": seed,
         **asdict(recipe),
         **settings,
+        **({"processes": distributed.ranks()} if distributed.ranks() > 1 else {}),
     }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from espalier.errors import EspalierError
 from espalier.space import Candidate, Space
 from espalier.tasks import Task
-from espalier.train import loop, losses
+from espalier.train import distributed, loop, losses
 from espalier.train.paths import Pass, Paths, Sandwich
 from espalier.train.precision import Format, autocast
 from espalier.train.recipe import Recipe
@@ -120,7 +120,7 @@ class _Step:
                 wanted = outputs.detach()
                 shown = told[-1] if shown is None else shown
         found = torch.stack(told)
-        self.paths.learned(index, found.tolist())
+        self.paths.learned(index, distributed.mean(found).tolist())
         return found.mean() if shown is None else shown
 
     def _run(self, network: nn.Module, x: Tensor) -> Tensor:
