@@ -2,8 +2,9 @@
 
 from espalier.estimators.estimator import Estimator
 from espalier.estimators.one_shot import OneShot
+from espalier.estimators.rank_check import rank_check
 from espalier.estimators.tabular import Tabular
 from espalier.estimators.trained import Trained
 from espalier.estimators.zero_cost import ZeroCost
 
-__all__ = ["Estimator", "OneShot", "Tabular", "Trained", "ZeroCost"]
+__all__ = ["Estimator", "OneShot", "Tabular", "Trained", "ZeroCost", "rank_check"]
