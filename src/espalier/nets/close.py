@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.errors import SpaceError
+from espalier.nets.close_gate import Assigned, Gate
 from espalier.nets.elastic.core import Elastic, Maker, filled
 from espalier.nets.elastic.dims import Choices
-from espalier.nets.nb201 import EDGES, OPERATORS, SPACE
+from espalier.nets.fan import counted, pooled
+from espalier.nets.nb201 import EDGES, OPERATORS, SPACE, _conv_norm, _head
+from espalier.nets.nb201_supernet import Reduction
 from espalier.nets.supernet import Supernet
 from espalier.nets.wired import Wire, Wired
 from espalier.space import Decision
 
 _NODES = 4
 _KERNELS = {"nor_conv_1x1": 1, "nor_conv_3x3": 3}  # the operators that hold weights
-_NONE = OPERATORS.index("none")
-_INDEX = {name: i for i, name in enumerate(OPERATORS)}
-Assigned = tuple[list[int], Tensor | None]  # of each edge: its block, and the gate's weight
 
 
 class CLOSENet(Supernet):
@@ -57,14 +57,14 @@ class CLOSENet(Supernet):
             raise SpaceError(f"a temperature is above 0, got {temperature!r}")
         self.name = "close"
         self.gate = Gate(blocks, temperature)
-        self.stem = _conv_norm(self.shape[0], channels, 3)
+        self.stem = nn.Sequential(OrderedDict(_conv_norm(self.shape[0], channels, 3)))
         for stage in range(1, 4):
             if stage > 1:
-                self.add_module(f"reduce{stage - 1}", _Reduction(channels))
+                self.add_module(f"reduce{stage - 1}", Reduction(channels))
                 channels *= 2
             made = [_Cell(channels, blocks, self.gate) for _ in range(cells)]
             self.add_module(f"stage{stage}", nn.Sequential(*made))
-        self.head = _head(channels, self.classes)
+        self.head = nn.Sequential(OrderedDict(_head(channels, self.classes)))
 
     @property
     def blocks(self) -> int:
@@ -99,76 +99,6 @@ class CLOSENet(Supernet):
         return [m for stage in (1, 2, 3) for m in self.get_submodule(f"stage{stage}").children()]  # type: ignore[misc]
 
 
-class Gate(nn.Module):
-    """From a cell to a block for each edge: an encoder of the graph, and an MLP on edges' ends.
-
-    The encoder has operators on edges (Ning et al., GATES, 2020): along an edge goes what the node
-    before it holds, each component let through by a sigmoid of the operator's vector; a node sums.
-    """
-
-    grown: Tensor
-
-    def __init__(
-        self, blocks: int, temperature: float, width: int = 32, layers: int = 2, hidden: int = 64
-    ) -> None:
-        super().__init__()
-        self.blocks, self.temperature = blocks, temperature
-        self.nodes = nn.Parameter(torch.empty(_NODES, width))
-        self.operators = nn.Parameter(torch.empty(len(OPERATORS), width))
-        self.let = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.carry = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.read = nn.Sequential(
-            nn.Linear(2 * width, hidden), nn.ReLU(), nn.Linear(hidden, blocks)
-        )
-        # how many blocks there are now; with the weights, so that a checkpoint knows it
-        self.register_buffer("grown", torch.ones((), dtype=torch.int64))
-        self.register_buffer("ends", torch.tensor([to for to, _ in EDGES]), persistent=False)
-        self.register_buffer("origins", torch.tensor([o for _, o in EDGES]), persistent=False)
-
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fresh vectors of nodes and operators."""
-        nn.init.normal_(self.nodes, std=0.5)
-        nn.init.normal_(self.operators, std=0.5)
-
-    def forward(self, chosen: Sequence[str]) -> Tensor:
-        """Logits `(6, blocks)` of a cell's six operators, over all blocks."""
-        ends, origins = self.get_buffer("ends"), self.get_buffer("origins")
-        codes = torch.tensor([_INDEX[name] for name in chosen], device=ends.device)
-        vectors = self.operators[codes]
-        open_ = (codes != _NONE).to(vectors.dtype)[:, None]
-        state: Tensor = self.nodes
-        for let, carry in zip(self.let, self.carry, strict=True):
-            messages = open_ * torch.sigmoid(let(vectors)) * carry(state)[origins]
-            state = F.relu(self.nodes.index_add(0, ends, messages))
-        logits: Tensor = self.read(torch.cat([state[origins], state[ends]], dim=1))
-        return logits
-
-    def assign(self, chosen: Sequence[str], drawn: bool) -> Assigned:
-        """Blocks of the six edges; if `drawn`, at random and with weights of 1 that have gradients."""
-        now = int(self.grown)
-        if now == 1:
-            return [0] * len(EDGES), None
-        if not drawn:
-            with torch.no_grad():
-                return self(chosen)[:, :now].argmax(dim=1).tolist(), None
-        logits = self(chosen)[:, :now]
-        weights = F.gumbel_softmax(logits.float(), self.temperature, hard=True)
-        blocks = weights.detach().argmax(dim=1)
-        return blocks.tolist(), weights.gather(1, blocks[:, None])[:, 0]
-
-    def grow(self) -> None:
-        """The next block's logits are those of the last."""
-        now = int(self.grown)
-        last = self.read[-1]
-        assert isinstance(last, nn.Linear)
-        with torch.no_grad():
-            last.weight[now] = last.weight[now - 1]
-            last.bias[now] = last.bias[now - 1]
-            self.grown += 1
-
-
 class _Glow(nn.Module):
     """One set of operators: a convolution and a batch norm's scale and shift for each kernel."""
 
@@ -188,12 +118,7 @@ class _Norm(nn.BatchNorm2d):
         super().__init__(width, affine=False)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
-        rate = self.momentum
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if rate is None:  # torch's convention: the statistics are a plain average
-            tracked = self.num_batches_tracked
-            rate = 1.0 / float(tracked) if self.training and tracked is not None else 0.0
+        rate = counted(self)
         return F.batch_norm(
             x, self.running_mean, self.running_var, scale, shift, self.training, rate, self.eps
         )
@@ -307,7 +232,7 @@ def _kept(name: str, origin: int, x: Tensor, shared: dict[tuple[object, ...], Te
         return x
     key = (name, origin)
     if key not in shared:
-        shared[key] = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        shared[key] = pooled(x)
     return shared[key]
 
 
@@ -318,40 +243,3 @@ def _named(choices: Choices) -> list[str]:
 def _into(to: int) -> list[tuple[int, int]]:
     """The edges into a node: which of the six, and from where."""
     return [(edge, origin) for edge, (end, origin) in enumerate(EDGES) if end == to]
-
-
-def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs)))
-
-
-class _Reduction(nn.Module):
-    """The residual block between stages: twice the channels, half the size."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        wide = 2 * width
-        self.first = nn.Sequential(OrderedDict(relu=nn.ReLU()))
-        self.second = nn.Sequential(OrderedDict(relu=nn.ReLU()))
-        for layers, inputs, stride in ((self.first, width, 2), (self.second, wide, 1)):
-            for name, layer in _conv_norm(inputs, wide, 3, stride).named_children():
-                layers.add_module(name, layer)
-        pool = nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False)
-        conv = nn.Conv2d(width, wide, 1, bias=False)
-        self.shortcut = nn.Sequential(OrderedDict(pool=pool, conv=conv))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.shortcut(x) + self.second(self.first(x))
-        return out
-
-
-def _head(width: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            norm=nn.BatchNorm2d(width),
-            relu=nn.ReLU(),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(width, classes),
-        )
-    )
