@@ -211,6 +211,7 @@ def archai_run(request: dict[str, Any]) -> dict[str, float]:
     Each is told its iterations beforehand, and evolution proposes what the Pareto front of a sample
     gives, so the number of candidates is counted and the times are scaled to `queries`.
     """
+    os.chdir(tempfile.gettempdir())  # it writes a log where it stands
     from archai.discrete_search.algos.random_search import RandomSearch
     from archai.discrete_search.algos.regularized_evolution import RegularizedEvolutionSearch
     from archai.discrete_search.api.archai_model import ArchaiModel
