@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from espalier import tasks
+from espalier.errors import SpaceError
 from espalier.nets.multipath import MultiPath
 from espalier.nets.nb201_supernet import NB201Supernet
 from espalier.nets.superkernel import Superkernel
@@ -117,3 +118,5 @@ def test_a_superkernel_learns_its_thresholds(digits):
     moved = net.architecture_parameters()
     assert any(float(moved[name].detach()) != float(old) for name, old in before.items())
     assert found.candidate == net.chosen()
+    with pytest.raises(SpaceError, match="thresholds"):
+        relax(net, digits, relaxation=Thresholds(), rule=Rarts(), settings=settings)

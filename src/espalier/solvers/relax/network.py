@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from espalier.errors import SpaceError
 from espalier.solvers.relax.moment import Moment, Phase
 from espalier.solvers.relax.problem import Part, Wanted
 from espalier.solvers.relax.relaxation import Logits, Relaxation
@@ -110,6 +111,7 @@ class NetworkProblem:
             lr=settings.arch_lr,
             betas=settings.arch_betas,
             weight_decay=settings.arch_decay,
+            fused=True,
         )
         self.added: dict[str, list[Tensor]] = {}  # what terms added to losses, since cleared
         self._twins: list[NetworkProblem] = []
@@ -181,7 +183,15 @@ class NetworkProblem:
         self.relaxation.after_step(self.logits, before)
 
     def twin(self) -> NetworkProblem:
-        """A copy with weights of its own on the same batches, learning the same architecture."""
+        """A copy with weights of its own on the same batches, learning the same architecture.
+
+        Errors: `SpaceError` where the architecture's parameters are in the supernet itself.
+        """
+        if architecture_parameters(self.supernet):
+            raise SpaceError(
+                "a rule with two copies of the weights needs an architecture outside of them; this "
+                "supernet holds its thresholds itself: use SingleLevel or FirstOrder"
+            )
         out = NetworkProblem(
             copy.deepcopy(self.supernet),
             self.task,

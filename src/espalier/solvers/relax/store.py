@@ -47,9 +47,7 @@ def load(
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = saved.tensors.get(f"adam/{key}/{name}")
             if value is not None:
-                # Adam counts its steps on the processor
-                own = value if key == "step" else value.to(logit)
-                problem.adam.state[logit][key] = own
+                problem.adam.state[logit][key] = value.to(logit.device)
     rule.load(_within(saved.tensors, "rule/"))
     for index, term in enumerate(terms):
         term.load(_within(saved.tensors, f"term{index}/"))
