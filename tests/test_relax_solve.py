@@ -227,6 +227,8 @@ def test_a_search_that_diverges_says_where():
         net.head[1].bias[0] = float("nan")
     with pytest.raises(Diverged, match="epoch 1, step 1"):
         relax(net, digits(), settings=QUICK)
+    with pytest.raises(Diverged, match="arch_lr"):
+        relax(net, digits(), settings=QUICK, relaxation=BinaryGates())
 
 
 def test_options_without_weights_are_found_in_the_modules():

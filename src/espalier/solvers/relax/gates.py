@@ -12,6 +12,7 @@ from espalier.errors import SpaceError
 from espalier.nets.elastic import Gates
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.relaxation import Logits, Relaxation
+from espalier.train.loop import Diverged
 
 if TYPE_CHECKING:
     from espalier.nets.elastic.mixing import Mixture
@@ -88,6 +89,8 @@ def _chances(logits: Logits) -> tuple[Tensor, ...]:
     """The probabilities on the processor, brought there at once."""
     sizes = [len(found) for found in logits.values()]
     everything = torch.cat([found.detach() for found in logits.values()]).float().cpu()
+    if not everything.isfinite().all():
+        raise Diverged("the architecture's logits are not finite: lower its rate, arch_lr")
     parts = torch.split(everything, sizes)
     return tuple(torch.softmax(part, 0).clamp_(min=1e-12) for part in parts)  # two can be drawn
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from espalier.errors import SpaceError
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.relaxation import Logits, Relaxation
 from espalier.train.schedules import Schedule, scheduled
@@ -43,6 +44,9 @@ class MaxWeight(Relaxation):
         out = {}
         for name, found in self.inner.weights(logits, moment).items():
             if not isinstance(found, torch.Tensor):
-                raise TypeError("MaxWeight needs plain weights from the relaxation within it")
+                raise SpaceError(
+                    f"MaxWeight needs a tensor of weights of {name!r} from the relaxation within it, "
+                    "got gates: use one that runs every option"
+                )
             out[name] = 1 - found.amax(-1, keepdim=True) + found
         return out

@@ -60,8 +60,8 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def described(value: Any) -> Any:
     """A setting as plain JSON that is the same in every process, for comparing checkpoints.
 
-    Objects are told by their class and public attributes, functions by their names, tensors and
-    modules by their class alone.
+    Objects are told by their class and public attributes, functions by their names, tensors by a
+    hash, modules by their class alone.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -73,8 +73,10 @@ def described(value: Any) -> Any:
     name = getattr(value, "__qualname__", None)
     if isinstance(name, str):
         return name
-    if isinstance(value, (Tensor, nn.Module)):
+    if isinstance(value, nn.Module):
         return kind.__name__
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
     if isinstance(value, Space):
