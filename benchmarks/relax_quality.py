@@ -89,7 +89,7 @@ def measured(row: Row, folder: Path, scale: str) -> dict[str, Any] | None:
             t[row.search][first] > t["random search"][first] for t in tests
         ),
         "parameterless": spread([float(c["parameterless"][row.search]) for c in checks]),
-        "cpu_seconds": spread([c["cpu_seconds"][row.search] for c in checks]),
+        "seconds": spread([c["seconds"][row.search] for c in checks]),
     }
 
 
@@ -120,7 +120,7 @@ def lines(found: dict[str, dict[str, Any] | None]) -> list[str]:
             f"| {row.name} | {published} | {shown(one['cifar10'])} | {shown(one['cifar100'])} "
             f"| {shown(one['random_search']['cifar10'])} "
             f"| {one['ahead_of_random_search']} of {one['seeds']} "
-            f"| {one['parameterless']['mean']:.1f} of 6 | {one['cpu_seconds']['mean']:.0f} |"
+            f"| {one['parameterless']['mean']:.1f} of 6 | {one['seconds']['mean']:.0f} |"
         )
     for name, first, second in OTHERS:
         published = " / ".join(figure(v) for v in (first, second)).strip(" /")

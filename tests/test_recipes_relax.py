@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def test_random_search_takes_its_time_and_chooses_by_validation(
         return {
             "cell": cells[index].to_json(),
             "accuracy": accuracies[index],
-            "cpu_seconds": 2.0,
+            "seconds": 2.0,
         }
 
     monkeypatch.setattr(_nb201, "alone", alone)
@@ -118,3 +120,35 @@ def test_the_grid_has_a_path_for_every_candidate() -> None:
     once = grid.extract(grid.space.candidate({"layer0": "8x1", "layer1": "none"}))
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in once.parameters())
     assert not torch.allclose(once.eval()(x), plain(x), atol=1e-3)
+
+
+def test_the_table_of_searches_collects_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "relax_quality.py"
+    spec = importlib.util.spec_from_file_location("relax_quality", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "relax_quality", module)
+    spec.loader.exec_module(module)
+
+    def check(test: float, chance: float) -> dict[str, Any]:
+        both = {"darts": test, "random search": chance, "one random cell": 87.06}
+        return {
+            "test": {name: {"cifar10": v, "cifar100": v - 20} for name, v in both.items()},
+            "parameterless": {"darts": 6, "random search": 2},
+            "seconds": {"darts": 50.0, "random search": 51.0},
+        }
+
+    runs = [{"seed": i, "check": check(*two)} for i, two in enumerate([(54.0, 92.0), (93.0, 92.5)])]
+    (tmp_path / "recipe_darts.json").write_text(json.dumps({"scale": "cpu", "runs": runs}))
+    monkeypatch.setattr("sys.argv", ["relax_quality", "--results", str(tmp_path)])
+    module.main()
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| DARTS, first"))
+    assert "54.30 / 15.61 | 73.50 ± 27.58 | 53.50 ± 27.58 | 92.25 ± 0.35 | 1 of 2 | 6.0" in row
+    assert "pc-darts" in printed.splitlines()[-1]  # not run: named, with the command
+    written = json.loads((tmp_path / "relax_quality.json").read_text())
+    assert written["searches"]["DARTS, first order"]["cifar10"]["all"] == [54.0, 93.0]
+    assert written["searches"]["GDAS"] is None

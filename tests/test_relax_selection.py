@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.solvers.relax.perturbation import Perturbation, gated, ordered
+from espalier.nets.darts_cells import DARTSCells
+from espalier.solvers.relax.perturbation import Perturbation, decided, gated, ordered, waking
 from espalier.solvers.relax.sampled import Sampled, drawn
 from espalier.space import Space, choice
 
@@ -114,19 +115,24 @@ def test_decisions_are_fixed_one_by_one_and_tuned_between() -> None:
     assert len(orders) == 6  # every order comes up
 
 
-def test_topology_keeps_the_inputs_whose_removal_hurts_most() -> None:
+@pytest.mark.parametrize("relaxed", [True, False])
+def test_topology_keeps_the_inputs_whose_removal_hurts_most(relaxed: bool) -> None:
     worth = {0: 0.5, 1: 0.1, 2: 0.4}
 
     def accuracy(weights: Mapping[str, Tensor], _: Shared) -> float:
-        pairs = weights["inputs"]
+        pairs = weights.get("inputs", torch.ones(3))  # not named: every edge runs
         reach = {
-            i: sum(float(pairs[k]) for k, pair in enumerate(PAIRS) if i in pair) for i in range(3)
+            i: float(weights[f"op_{i}"].sum())
+            * sum(float(pairs[k]) for k, pair in enumerate(PAIRS) if i in pair)
+            for i in range(3)
         }
         # an input is worth the same however much of it is there, until nothing is
         conv = sum(0.01 * float(weights[f"op_{i}"][1]) for i in range(3))
         return sum(worth[i] for i in range(3) if reach[i] > 0) + conv
 
-    names = {"inputs": [0.0, 0.0, 0.0], **{f"op_{i}": [1.0, 0.0] for i in range(3)}}
+    names = {f"op_{i}": [1.0, 0.0] for i in range(3)}
+    if relaxed:
+        names["inputs"] = [0.0, 0.0, 0.0]
     picked = Perturbation(tune_epochs=0)
     chosen = picked(state_of(NODE, names, accuracy))
     assert picked.log[-1]["decision"] == "inputs"  # after the operators, in any order
@@ -180,3 +186,15 @@ def test_bad_numbers_are_refused() -> None:
         Perturbation(tune_epochs=-1)
     with pytest.raises(EspalierError, match="n must be 1"):
         Sampled(n=0)
+
+
+def test_the_topology_of_darts_cells_is_found() -> None:
+    space = DARTSCells((3, 16, 16), 10, channels=4, cells=3, nodes=2).space
+    inputs = [name for name in space.names if name.endswith(".inputs")]
+    edges = {name: torch.ones(7) / 7 for name in space.names if ".op_" in name}
+    assert waking(space, edges) == inputs
+    assert set(ordered(space, [*inputs, *edges], 0)[-len(inputs) :]) == set(inputs)
+    for name in inputs:
+        after = decided(space, edges, name, 0)
+        left = [child for child in gated(space, name) if after[child].sum() > 0]
+        assert len(left) == 2  # of three

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,37 @@ class Setting:
     test: int = 1000
     channels: int = 8
     cells: int = 1  # a stage
-    search: Settings = field(default_factory=lambda: Settings(epochs=80, arch_lr=0.02))
+    search: Settings = field(
+        default_factory=lambda: Settings(epochs=80, arch_lr=0.02, precision="fp32")
+    )
     alone: Training = field(default_factory=lambda: Training(epochs=12, lr=0.1))
     look_up: bool = True  # digits are no data set of the table
+    accelerated: bool = False  # computes on CUDA, where there is one
 
     @property
     def task(self) -> Task:
         """The task, the same in every run."""
         return tasks.images(self.source, self.size, self.train, self.validation, self.test)
 
+    @property
+    def device(self) -> str:
+        """Where networks compute."""
+        return "cuda" if self.accelerated and torch.cuda.is_available() else "cpu"
+
     def supernet(self, task: Task, seed: int, partial: int = 1) -> NB201Supernet:
         """Fresh weights, decided by the seed."""
         with global_seed(seed):
-            return NB201Supernet(
+            made = NB201Supernet(
                 task.shape, task.classes, self.channels, self.cells, partial, affine=False
             )
+        return made.to(self.device)
+
+    def clock(self) -> float:
+        """Seconds: of the processor, which other processes do not lengthen; of the wall on CUDA."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.monotonic()
 
 
 SCALES = {
@@ -93,6 +109,7 @@ SCALES = {
         cells=5,
         search=Settings(epochs=50),
         alone=Training(epochs=25, lr=0.1),
+        accelerated=True,
     ),
 }
 
@@ -117,14 +134,14 @@ def searched(method: Method, setting: Setting, seed: int, out: Path | None) -> d
         task = setting.task
         supernet = setting.supernet(task, seed, method.partial)
         slots = dict(method.slots(setting))
-        start = time.monotonic(), time.process_time()
+        start = setting.clock()
         found = relax(supernet, task, settings=method.settings(setting.search), seed=seed, **slots)
-        spent = time.monotonic() - start[0], time.process_time() - start[1]
+        spent = setting.clock() - start
         told = getattr(slots.get("selection"), "found", None)
         return {
             **answer(found.candidate, setting),
-            "seconds": spent[0],
-            "cpu_seconds": spent[1],
+            "seconds": spent,
+            "wall_seconds": found.seconds,
             "bytes_kept": bytes_kept(method, setting, seed),
             "monitor": found.monitor,
             "over_epochs": _course(found),
@@ -185,18 +202,18 @@ def one_random_cell(setting: Setting) -> dict[str, float] | None:
 
 
 def by_chance(setting: Setting, seed: int, seconds: float, out: Path | None) -> dict[str, Any]:
-    """Random search for `seconds` of processor time: cells trained alone, the best on validation.
+    """Random search for so many `seconds`: cells trained alone, the best of them on validation.
 
     All are trained alike, on all of train. At least two are, and the last one may overrun.
     """
     trained: list[dict[str, Any]] = []
-    while len(trained) < 2 or sum(one["cpu_seconds"] for one in trained) < seconds:
+    while len(trained) < 2 or sum(one["seconds"] for one in trained) < seconds:
         trained.append(alone(setting, seed, len(trained), out))
     best = max(trained, key=lambda one: float(one["accuracy"]))
     return {
         **answer(SPACE.candidate(best["cell"]), setting),
         "trained": len(trained),
-        "cpu_seconds": sum(one["cpu_seconds"] for one in trained),
+        "seconds": sum(one["seconds"] for one in trained),
     }
 
 
@@ -205,18 +222,32 @@ def alone(setting: Setting, seed: int, index: int, out: Path | None) -> dict[str
 
     def run() -> dict[str, Any]:
         task = setting.task
-        start = time.process_time()
+        start = setting.clock()
         rng = np.random.default_rng([seed, _CELLS, index])
         candidate = SPACE.decode(SPACE.sample(1, rng))[0]
         family = NB201(task.shape, task.classes, setting.channels, setting.cells)
         with global_seed(seed, _ALONE, index):
-            network = family.build(candidate)
+            network = family.build(candidate).to(setting.device)
         fit(network, task, setting.alone, mixed(seed, index))
         accuracy = evaluate(network, task, "validation")["accuracy"]
-        spent = time.process_time() - start
-        return {"cell": candidate.to_json(), "accuracy": accuracy, "cpu_seconds": spent}
+        spent = setting.clock() - start
+        return {"cell": candidate.to_json(), "accuracy": accuracy, "seconds": spent}
 
     return kept(f"alone {index} {setting}", seed, out, run)
+
+
+def step(method: Method, setting: Setting, seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A fresh supernet, and the forward pass of one of its weight steps, which gives the loss."""
+    task = setting.task
+    supernet = setting.supernet(task, seed, method.partial).train()
+    relaxation = method.slots(setting).get("relaxation", Softmax())
+    logits = relaxation.start(supernet, tuple(supernet.mixable), generator(seed))
+    moment = Moment("weights", epoch=0, progress=0.0, generator=generator(seed, _BATCH))
+    with torch.no_grad():
+        supernet.mix(relaxation.weights(logits, moment))
+    inputs, targets = next(iter(task.batches("train", setting.search.batch, generator(seed))))
+    inputs, targets = channels_last(inputs.to(setting.device)), targets.to(setting.device)
+    return supernet, lambda: task.loss(supernet(inputs), targets)
 
 
 def bytes_kept(method: Method, setting: Setting, seed: int) -> int:
@@ -225,16 +256,22 @@ def bytes_kept(method: Method, setting: Setting, seed: int) -> int:
     What autograd saves is counted tensor by tensor, each storage once: the same on every machine,
     where a process's peak would also hold what torch was loaded with.
     """
-    task = setting.task
-    supernet = setting.supernet(task, seed, method.partial).train()
-    slots = method.slots(setting)
-    relaxation = slots.get("relaxation", Softmax())
-    logits = relaxation.start(supernet, tuple(supernet.mixable), generator(seed))
-    moment = Moment("weights", epoch=0, progress=0.0, generator=generator(seed, _BATCH))
-    with torch.no_grad():
-        supernet.mix(relaxation.weights(logits, moment))
-    inputs, targets = next(iter(task.batches("train", setting.search.batch, generator(seed))))
-    return saved_bytes(supernet, lambda: task.loss(supernet(channels_last(inputs)), targets))
+    return saved_bytes(*step(method, setting, seed))
+
+
+def step_seconds(
+    methods: Sequence[Method], setting: Setting, seed: int, rounds: int = 5
+) -> dict[str, float]:
+    """Median seconds of a weight step, forward and backward, the methods by turns."""
+    forwards = {method.name: step(method, setting, seed)[1] for method in methods}
+    spent: dict[str, list[float]] = {name: [] for name in forwards}
+    for index in range(rounds + 1):
+        for name, forward in forwards.items():
+            start = setting.clock()
+            forward().backward()  # type: ignore[no-untyped-call]
+            if index:  # the first is not counted: memory is still being asked for
+                spent[name].append(setting.clock() - start)
+    return {name: float(np.median(every)) for name, every in spent.items()}
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -262,7 +299,7 @@ def compared(
 
     `test` has accuracies in % by search and data set of the table, None where that is not at hand.
     """
-    chance = by_chance(setting, seed, found[which]["cpu_seconds"], out)
+    chance = by_chance(setting, seed, found[which]["seconds"], out)
     every = {**found, "random search": chance}
     test = {name: tests(one) for name, one in every.items()}
     test["one random cell"] = one_random_cell(setting)
@@ -270,7 +307,7 @@ def compared(
     return {
         "test": test,
         "parameterless": {name: one["parameterless"] for name, one in every.items()},
-        "cpu_seconds": {name: one["cpu_seconds"] for name, one in every.items()},
+        "seconds": {name: one["seconds"] for name, one in every.items()},
         "trained_by_random_search": chance["trained"],
         "below_random_search": lower(mine, other),
         "above_random_search": lower(other, mine),

@@ -62,7 +62,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Both selections from one supernet; and perturbation where the architecture was frozen."""
     setting = SCALES[scale]
     found = {m.name: searched(m, setting, seed, out) for m in (PT, FROZEN)}
-    same = {"cpu_seconds": found["darts-pt"]["cpu_seconds"]}
+    same = {"seconds": found["darts-pt"]["seconds"]}
     found["magnitude"] = {**found["darts-pt"]["selection"]["magnitude"], **same}
     check = compared(found, "darts-pt", setting, seed, out)
     ahead = lower(check["test"]["magnitude"], check["test"]["darts-pt"])

@@ -31,7 +31,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
         "searches": found,
         "check": {
             **check,
-            "time_of_darts": found["gdas"]["cpu_seconds"] / found["darts"]["cpu_seconds"],
+            "time_of_darts": found["gdas"]["seconds"] / found["darts"]["seconds"],
             "memory_of_darts": found["gdas"]["bytes_kept"] / found["darts"]["bytes_kept"],
             "above_darts": ahead,
             "holds": ahead,

@@ -32,7 +32,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     setting = SCALES[scale]
     found = {m.name: searched(m, setting, seed, out) for m in (RARTS, DARTS)}
     check = compared(found, "rarts", setting, seed, out)
-    spent = found["rarts"]["cpu_seconds"] / found["darts"]["cpu_seconds"]
+    spent = found["rarts"]["seconds"] / found["darts"]["seconds"]
     behind = lower(check["test"]["rarts"], check["test"]["darts"])
     toys = {
         "darts": rests_at(FirstOrder()),

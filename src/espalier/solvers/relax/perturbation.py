@@ -31,8 +31,8 @@ class Perturbation(Selection):
     Each option's weight is set to 0 and the rest left as they are; the option is kept without which
     the accuracy on validation is lowest, the decision is fixed to it, and the shared weights are
     tuned for `tune_epochs` before the next. Decisions that say which others take part (the inputs of
-    a DARTS node) come last: there an input is removed with every option that has it, and the option
-    is kept whose inputs hurt most in sum. `log` keeps a row a decision: what was left of the
+    a DARTS node) come last, also where they were not relaxed: there an input is removed with every
+    option that has it, and the option is kept whose inputs hurt most in sum. `log` keeps a row a decision: what was left of the
     accuracy without each option.
     """
 
@@ -48,34 +48,37 @@ class Perturbation(Selection):
         weights = mixture(state)
         chosen: dict[str, Tensor] = {}
         self.log.clear()
-        for name in ordered(space, list(weights), state.seed):
+        names = [*weights, *waking(space, weights)]
+        for name in ordered(space, names, state.seed):
             left = self._left(state, weights, name)
             # the first of equals, as argmin takes it: nothing else is known of them
             index = int(np.argmin(left))
             chosen[name] = state.one_hot(name, index).cpu()
             option = space[name].options[index]
             self.log.append({"decision": name, "left": left, "chosen": option})
-            weights[name] = fixed(weights[name], index)
-            if self.tune_epochs and len(chosen) < len(weights):
+            weights = decided(space, weights, name, index)
+            if self.tune_epochs and len(chosen) < len(names):
                 state.tune(weights, self.tune_epochs)
         return assemble(space, chosen, state.base, seed=state.seed)
 
     def _left(self, state: SelectionState, weights: Weights, name: str) -> list[float]:
         """What the removal of each option leaves of the accuracy; of a topology, in sum."""
         space: Space = state.supernet.space
-        inputs = gated(space, name)
+        count, inputs = space[name].count, gated(space, name)
         if not inputs:
-            count = space[name].count
-            return [
-                state.evaluate({**weights, name: without(weights[name], [i])}) for i in range(count)
-            ]
+            masked = [{**weights, name: without(weights[name], [i])} for i in range(count)]
+            return [state.evaluate(one) for one in masked]
         hurt = {
-            child: state.evaluate({**weights, name: without(weights[name], sorted(options))})
+            child: state.evaluate(
+                {**weights, name: without(weights[name], sorted(options))}
+                if name in weights
+                else {**weights, child: torch.zeros_like(weights[child])}
+            )
             for child, options in inputs.items()
         }
         return [
             sum(hurt[child] for child, options in inputs.items() if i in options)
-            for i in range(space[name].count)
+            for i in range(count)
         ]
 
 
@@ -97,6 +100,23 @@ def fixed(weights: Tensor, option: int) -> Tensor:
     out = torch.zeros_like(weights)
     out[option] = weights.sum()
     return out
+
+
+def decided(space: Space, weights: Weights, name: str, option: int) -> Weights:
+    """The mixture with one more decision made; inputs that a topology leaves out weigh nothing."""
+    if name in weights:
+        return {**weights, name: fixed(weights[name], option)}
+    out = dict(weights)
+    for child, options in gated(space, name).items():
+        if option not in options:
+            out[child] = torch.zeros_like(weights[child])
+    return out
+
+
+def waking(space: Space, weights: Weights) -> list[str]:
+    """Decisions that are not relaxed and say which of the relaxed ones take part."""
+    known = ((d.name, gated(space, d.name)) for d in space.decisions if d.name not in weights)
+    return [name for name, inputs in known if inputs and set(inputs) <= set(weights)]
 
 
 def gated(space: Space, name: str) -> dict[str, set[int]]:
