@@ -7,6 +7,7 @@ import torch
 
 from espalier import tasks
 from espalier.errors import SpaceError
+from espalier.nets.darts_cells import DARTSCells
 from espalier.nets.multipath import MultiPath
 from espalier.nets.nb201_supernet import NB201Supernet
 from espalier.nets.superkernel import Superkernel
@@ -15,6 +16,7 @@ from espalier.solvers.relax import (
     EdgeNormalised,
     ExpectedCost,
     Gumbel,
+    Magnitude,
     Rarts,
     SelectionState,
     Settings,
@@ -95,6 +97,27 @@ def test_a_selection_scores_one_hot_mixtures_as_candidates(digits):
     assert seen["few"] * 10 == pytest.approx(round(seen["few"] * 10))
     assert seen["tuned"] >= seen["mixed"]
     assert found.monitor["derived_accuracy"] == seen["tuned"]
+
+
+def test_the_edges_of_darts_cells_are_the_strongest(digits):
+    torch.manual_seed(0)
+    net = DARTSCells(SHAPE, 10, channels=4, cells=2, nodes=2, partial=2)
+    settings = Settings(epochs=1, batch=64, arch_lr=0.1, precision="fp32")
+    seen = {}
+
+    def select(state: SelectionState):
+        seen["strengths"] = state.strengths
+        return Magnitude()(state)
+
+    found = relax(net, digits, relaxation=EdgeNormalised(), settings=settings, selection=select)
+    assert set(found.probabilities) == {n for n in net.space.names if not n.endswith("inputs")}
+    for kind in ("normal", "reduce"):
+        edges = [f"{kind}.op_3_{origin}" for origin in range(3)]
+        strong = [max(found.probabilities[e]) * float(seen["strengths"][e]) for e in edges]
+        assert sum(float(seen["strengths"][e]) for e in edges) == pytest.approx(1.0)
+        weakest = strong.index(min(strong))
+        assert edges[weakest] not in found.candidate
+        assert set(edges) - {edges[weakest]} <= set(found.candidate)
 
 
 def test_multipath_blocks_are_searched_under_an_expected_cost(digits):

@@ -55,9 +55,10 @@ def relax(
     """Searches a supernet by gradients, in place; it is left trained, with the candidate active.
 
     The slots: `relaxation` (default `Softmax()`), `rule` (`FirstOrder()`), `terms`, `selection`
-    (`Magnitude()`); the defaults are DARTS's (Liu et al., 2019). `names`: the decisions to relax, all
-    that the supernet can mix unless given; the others stay at the active candidate, at the largest
-    where there is none. Weights learn from one part of train and the architecture from the other;
+    (`Magnitude()`); the defaults are DARTS's (Liu et al., 2019). `names`: the decisions to relax;
+    unless given all that the supernet can mix, but for those that say which edges meet in a node of
+    `supernet.joins`: these are left to the selection. Decisions that are not relaxed stay at the
+    active candidate, at the largest where there is none. Weights learn from one part of train and the architecture from the other;
     validation is for selection and the monitor; test is not read.
     `stop_when_collapsed`: ends after the first epoch in which so many decisions between operators
     are likeliest to take one without parameters, as DARTS+ does (Liang et al., 2019).
@@ -274,7 +275,7 @@ class _Search:
 
 def _names(supernet: Any, names: Sequence[str] | None) -> tuple[str, ...]:
     mixable = tuple(supernet.mixable)
-    chosen = mixable if names is None else tuple(names)
+    chosen = _without_topology(supernet, mixable) if names is None else tuple(names)
     for name in chosen:
         if name not in mixable:
             raise SpaceError(unknown("decision that can be mixed", name, mixable))
@@ -283,6 +284,17 @@ def _names(supernet: Any, names: Sequence[str] | None) -> tuple[str, ...]:
             "there is no decision to relax: give names, or a supernet that can mix some"
         )
     return chosen
+
+
+def _without_topology(supernet: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """The names without the decisions that say which edges meet in a node.
+
+    All edges of a node are mixed, as DARTS does, and `Magnitude` finds the strongest.
+    """
+    space = supernet.space
+    edges = {edge for join in supernet.joins.values() for edge in join}
+    decide = {parent for edge in edges if edge in space for parent in space[edge].when}
+    return tuple(name for name in names if name not in decide)
 
 
 def _base(supernet: Any) -> Candidate:
