@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import SpaceError
+from espalier.nets.darts_cells import OPERATORS as DARTS_OPERATORS
+from espalier.nets.darts_cells import DARTSCells, HalfStep
 from espalier.nets.elastic.mixing import Gates
 from espalier.nets.fan import Fan, pooled
 from espalier.nets.nb201 import EDGES, NB201, OPERATORS, SPACE, _operator
 from espalier.nets.nb201_supernet import NB201Supernet
 from espalier.testing import check_family
+from espalier.testing.family import (
+    check_extract,
+    check_network,
+    check_units,
+    sampled,
+)
+from espalier.testing.family import one_hot as choices
 from espalier.train.precision import autocast
 
 
@@ -279,3 +288,95 @@ def test_partial_channels_give_no_network() -> None:
     with pytest.raises(SpaceError, match="unknown unit"):
         small().unit("stage9", candidate)
     assert len(EDGES) * 3 + 4 == len(small().units())
+
+
+# --- the space of DARTS --------------------------------------------------------------------------
+
+
+def darts(**options: object) -> DARTSCells:
+    torch.manual_seed(0)
+    return DARTSCells((3, 8, 8), 5, **{"channels": 4, "cells": 3, "nodes": 2, **options})
+
+
+def test_darts_cells_conform() -> None:
+    net = DARTSCells((1, 9, 7), 5, channels=4, cells=3, nodes=2)
+    for candidate in sampled(net, seed=1)[1:3]:
+        check_network(net, candidate)
+        check_extract(net, candidate)
+        check_units(net, candidate)
+        x = torch.randn(6, 1, 9, 7)
+        with torch.no_grad():
+            active = net.train()(x)
+            net.mix(choices(net, candidate))
+            assert close(net(x), active)
+
+
+def test_darts_decisions_are_those_of_the_paper() -> None:
+    net = darts(nodes=4)
+    # per cell: pairs of 2, 3, 4 and 5 states, and an operator on each of two edges of four nodes
+    assert net.space.size == (1 * 3 * 6 * 10 * 7**8) ** 2
+    assert dict(net.space["normal.op_3_0"].when) == {"normal.node3.inputs": ("0-1", "0-2")}
+    assert net.joins["reduce.4"] == tuple(f"reduce.op_4_{i}" for i in range(4))
+    kinds = [cell.kind for cell in darts(cells=6).cells]
+    assert kinds == ["normal", "normal", "reduce", "normal", "reduce", "normal"]
+
+
+def test_a_mixture_of_operators_runs_every_edge_of_a_node() -> None:
+    net = darts().eval()
+    names = [n for n in net.mixable if ".op_" in n]
+    weights = {n: torch.randn(7).softmax(0) for n in names}
+    states = [torch.randn(2, 4, 8, 8) for _ in range(3)]
+    node = net.cells[0].node3
+    net.mix(weights)
+    wanted = sum(
+        weights[f"normal.op_3_{i}"][j] * getattr(edge, f"is_{name}")(state)
+        for i, (edge, state) in enumerate(zip(node.children(), states, strict=True))
+        for j, name in enumerate(DARTS_OPERATORS)
+    )
+    assert close(node(states), wanted)
+    pairs = torch.tensor([0.2, 0.5, 0.3])  # of 0-1, 0-2, 1-2
+    net.mix({**weights, "normal.node3.inputs": pairs})
+    parts = [
+        sum(
+            weights[f"normal.op_3_{i}"][j] * getattr(edge, f"is_{name}")(state)
+            for j, name in enumerate(DARTS_OPERATORS)
+        )
+        for i, (edge, state) in enumerate(zip(node.children(), states, strict=True))
+    ]
+    assert close(node(states), 0.7 * parts[0] + 0.5 * parts[1] + 0.8 * parts[2])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_partial_edges_pass_the_other_channels(stride: int) -> None:
+    net = darts(partial=2).eval()
+    cell = net.cells[0 if stride == 1 else 1]
+    edge, x = next(cell.node2.children()), torch.randn(2, cell.channels, 8, 8)
+    name = f"{cell.kind}.op_2_0"
+    weights = torch.rand(7)
+    net.mix({name: weights})
+    half = cell.channels // 2
+    mixed = sum(
+        w * getattr(edge.inner, f"is_{option}")(x[:, :half])
+        for w, option in zip(weights, DARTS_OPERATORS, strict=True)
+    )
+    rest = x[:, half:] if stride == 1 else F.max_pool2d(x[:, half:], 2)
+    rest = rest * weights.sum()
+    wanted = torch.stack([mixed, rest], 2).flatten(1, 2)  # one channel of each by turns
+    assert close(edge(x), wanted)
+    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    with pytest.raises(SpaceError, match="partial=1"):
+        net.extract()
+
+
+def test_a_larger_network_of_a_candidate_is_built() -> None:
+    net, large = darts(), darts(cells=5, channels=6)
+    candidate = net.space.decode(net.space.sample(1, np.random.default_rng(0)))[0]
+    network = large.build(candidate)
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    kinds = [name.rpartition(".")[0] for name in network.state_dict() if name.startswith("cells")]
+    assert {k.split(".")[1] for k in kinds} == set("01234")
+    halves = HalfStep(3, 6, affine=True).eval()
+    x = torch.randn(2, 3, 8, 6)
+    relu = x.relu()
+    wanted = torch.cat([halves.even(relu), halves.odd(relu[:, :, 1:, 1:])], 1)
+    assert close(halves(x), halves.norm(wanted))

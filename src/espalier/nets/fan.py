@@ -160,6 +160,8 @@ def _normed(
     x: Tensor, norm: nn.BatchNorm2d, on: tuple[int, ...], channels: int, weight: Tensor | None
 ) -> Tensor:
     """Batch norm with the parameters of some edges, times a weight an edge."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale: Tensor | None = None
     shift: Tensor | None = None
     if norm.affine:
@@ -170,8 +172,6 @@ def _normed(
         scale, shift = (
             (spread, zero) if scale is None or shift is None else (scale * spread, shift * spread)
         )
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     mean, var = _rows(norm.running_mean, on, channels), _rows(norm.running_var, on, channels)
     rate = counted(norm)
     out = F.batch_norm(x, mean, var, scale, shift, norm.training, rate, norm.eps)

@@ -42,6 +42,8 @@ FAMILIES: Mapping[str, type[Family]] = _Families(
         "superkernel": "espalier.nets.superkernel:Superkernel",
         "hierarchical-vit": "espalier.nets.hierarchical:HierarchicalViT",
         "hybrid": "espalier.nets.hybrid:Hybrid",
+        "nb201-supernet": "espalier.nets.nb201_supernet:NB201Supernet",
+        "darts": "espalier.nets.darts_cells:DARTSCells",
     }
 )
 # the networks of tabular benchmarks: for a search in their tables, so they share no weights
