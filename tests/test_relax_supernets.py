@@ -101,7 +101,7 @@ def test_a_selection_scores_one_hot_mixtures_as_candidates(digits):
 
 def test_the_edges_of_darts_cells_are_the_strongest(digits):
     torch.manual_seed(0)
-    net = DARTSCells(SHAPE, 10, channels=4, cells=2, nodes=2, partial=2)
+    net = DARTSCells(SHAPE, 10, channels=4, cells=3, nodes=2, partial=2)
     settings = Settings(epochs=1, batch=64, arch_lr=0.1, precision="fp32")
     seen = {}
 
