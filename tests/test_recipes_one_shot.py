@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from espalier import recipes
-from espalier.recipes import _one_shot, gm_nas
+from espalier.recipes import _one_shot, _three_tasks, fbnetv5, gm_nas
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,68 @@ def test_the_ranked_cells_are_always_the_same():
     ranked = _one_shot.cells(plan)
     assert len(set(ranked)) == 200
     assert ranked == _one_shot.cells(plan)
+
+
+def test_fbnetv5_finds_a_network_for_each_task():
+    found = recipes.run("fbnetv5", "smoke", 0)
+    assert json.loads(json.dumps(found)) == found
+    assert set(found["found"]) == {"class", "mask", "box"}
+    assert all(sum(found["found"][n].values()) == 5 for n in found["found"])
+    assert found["check"]["pairs"] == 6
+    assert np.abs(found["logits"]).max() > 0
+
+
+def test_a_distribution_follows_its_own_task():
+    """Two tasks with opposite wishes, from networks drawn from the mixture."""
+    rng = np.random.default_rng(0)
+    both = fbnetv5.Distributions(2, 6, 3)
+    assert len(both.networks) == 20
+    for _ in range(300):
+        p = both.probabilities().mean(0).double().numpy()
+        drawn = torch.from_numpy(rng.choice(len(p), size=4, p=p / p.sum()))
+        first = both.networks[drawn][:, :3].sum(1)  # task 0 wants the first half, task 1 the second
+        both.step(drawn, torch.stack([-first, first], dim=1), 0.2)
+    likeliest = both.networks[both.best()]
+    assert likeliest.tolist() == [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]
+
+
+def test_the_step_of_a_distribution_is_the_gradient_of_the_expected_reward():
+    """Over all networks, weighted by the mixture, against autograd."""
+    both = fbnetv5.Distributions(2, 5, 2)
+    both.logits += torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    rewards = torch.randn(10, 2, generator=torch.Generator().manual_seed(1))
+    logits = both.logits.clone().requires_grad_()
+    p = torch.softmax(logits @ both.networks.T, dim=1)
+    (p * rewards.T).sum().backward()
+    before = both.logits.clone()
+    mixture = both.probabilities().mean(0)
+    counts = (mixture * 20000).round().long()
+    both.step(
+        torch.repeat_interleave(torch.arange(10), counts),
+        torch.repeat_interleave(-rewards, counts, 0),
+        1.0,
+    )
+    moved = both.logits - before
+    for task in (0, 1):
+        wanted = logits.grad[task]
+        assert torch.allclose(moved[task] / moved[task].norm(), wanted / wanted.norm(), atol=0.02)
+
+
+def test_canvases_hold_what_their_targets_say():
+    task = _three_tasks.canvases(20, 10, 10)
+    x, targets = next(task.batches("train", 20))
+    assert x.shape == (20, 1, 16, 16)
+    for row in targets:
+        mask = row[1:-4].reshape(16, 16)
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert torch.allclose(row[-4:] * 16, torch.stack(box).float())
+    perfect = torch.cat(
+        [100 * torch.eye(10)[targets[:, 0].long()], 20 * targets[:, 1:-4] - 10, targets[:, -4:]], 1
+    )
+    assert task.measure(perfect, targets) == {"accuracy": 1.0, "mask_iou": 1.0, "box_iou": 1.0}
+    assert float(task.loss(perfect, targets)) < 1e-2
+    off = perfect.clone()
+    off[:, -4:] += torch.tensor([1.0, 0, 1, 0])  # a whole canvas away
+    assert task.measure(off, targets)["box_iou"] == 0.0
+    assert task.only("box").measure(perfect[:, -4:], targets) == {"box_iou": pytest.approx(1.0)}
