@@ -72,11 +72,11 @@ class CLOSENet(Supernet):
         return int(self.gate.grown)
 
     def grow(self) -> None:
-        """One more block, a copy of the last, as likely as it. Errors: `SpaceError` past the most."""
+        """One more block, a copy of the last. Errors: `SpaceError` past the most."""
         now = self.blocks
         if now == self.gate.blocks:
             raise SpaceError(f"this CLOSENet has {now} blocks at most, and has them all")
-        self.gate.grow()
+        self.gate.grown += 1
         with torch.no_grad():
             for cell in self._cells():
                 cell.blocks[now].load_state_dict(cell.blocks[now - 1].state_dict())

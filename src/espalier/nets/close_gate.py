@@ -21,6 +21,8 @@ class Gate(nn.Module):
 
     The encoder has operators on edges (Ning et al., GATES, 2020): along an edge goes what the node
     before it holds, each component let through by a sigmoid of the operator's vector; a node sums.
+    Logits are against the other edges of the cell and of one spread: with raw ones a fresh gate
+    gives all edges one block in evaluation and nearly any block in training.
     """
 
     grown: Tensor
@@ -41,13 +43,14 @@ class Gate(nn.Module):
         self.register_buffer("grown", torch.ones((), dtype=torch.int64))
         self.register_buffer("ends", torch.tensor([to for to, _ in EDGES]), persistent=False)
         self.register_buffer("origins", torch.tensor([o for _, o in EDGES]), persistent=False)
-
+        self.gain = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fresh vectors of nodes and operators."""
-        nn.init.normal_(self.nodes, std=0.5)
-        nn.init.normal_(self.operators, std=0.5)
+        nn.init.normal_(self.nodes)
+        nn.init.normal_(self.operators)
+        nn.init.constant_(self.gain, 2.0)
 
     def forward(self, chosen: Sequence[str]) -> Tensor:
         """Logits `(6, blocks)` of a cell's six operators, over all blocks."""
@@ -59,8 +62,9 @@ class Gate(nn.Module):
         for let, carry in zip(self.let, self.carry, strict=True):
             messages = open_ * torch.sigmoid(let(vectors)) * carry(state)[origins]
             state = F.relu(self.nodes.index_add(0, ends, messages))
-        logits: Tensor = self.read(torch.cat([state[origins], state[ends]], dim=1))
-        return logits
+        read: Tensor = self.read(torch.cat([state[origins], state[ends]], dim=1))
+        centred = read - read.mean(dim=0)
+        return self.gain * centred / (centred.detach().std(dim=0) + 1e-6)
 
     def assign(self, chosen: Sequence[str], drawn: bool) -> Assigned:
         """Blocks of the six edges; if `drawn`, at random and with weights of 1 that have gradients."""
@@ -74,13 +78,3 @@ class Gate(nn.Module):
         weights = F.gumbel_softmax(logits.float(), self.temperature, hard=True)
         blocks = weights.detach().argmax(dim=1)
         return blocks.tolist(), weights.gather(1, blocks[:, None])[:, 0]
-
-    def grow(self) -> None:
-        """The next block's logits are those of the last."""
-        now = int(self.grown)
-        last = self.read[-1]
-        assert isinstance(last, nn.Linear)
-        with torch.no_grad():
-            last.weight[now] = last.weight[now - 1]
-            last.bias[now] = last.bias[now - 1]
-            self.grown += 1
