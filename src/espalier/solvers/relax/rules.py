@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from espalier.solvers.relax.problem import Problem
+from espalier.solvers.relax.problem import Part, Problem
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,11 @@ class Rarts(Rule):
         return Losses(train, validation if architecture else None)
 
     def _towards(
-        self, mover: Problem, other: Problem, part: str, share: float, joint: bool
+        self, mover: Problem, other: Problem, part: Part, share: float, joint: bool
     ) -> Tensor:
         """Fills the gradients of one copy: of its loss, and of its distance to the other copy."""
         weights = list(mover.weights)
-        loss = mover.loss(
-            "train" if part == "train" else "validation", "both" if joint else "weights"
-        )
+        loss = mover.loss(part, "both" if joint else "weights")
         backward(share * loss, [*weights, *mover.architecture] if joint else weights)
         with torch.no_grad():
             for w, y in zip(weights, other.weights, strict=True):
