@@ -97,6 +97,13 @@ def search(
         ),
     ] = "2min",
     strategy: Annotated[str, typer.Option(help="nsga2, evolution or random.")] = "nsga2",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="search: train a supernet, then let the strategy search on it; relax: learn weights "
+            "and architecture together by gradients, then draw from it."
+        ),
+    ] = "search",
     seed: Annotated[int, typer.Option(help="Same seed, same study, on the same machine.")] = 0,
     workers: Annotated[
         int,
@@ -142,6 +149,7 @@ def search(
             reuse=reuse,
             workers=workers,
             strategy=strategy,
+            solver=solver,
             progress=display(spend.seconds, quiet or as_json),
         )
         page = found.publish()

@@ -17,11 +17,13 @@ from espalier.flows.evaluate import Score
 from espalier.flows.plan import Plan, make_plan
 from espalier.flows.pricing import Pricing, hand_scaled
 from espalier.flows.progress import Display
+from espalier.flows.relaxing import Drawn, relax_shared
 from espalier.flows.speed import FewBatches, threads, timed_second
 from espalier.flows.weights import derive, load_weights, save_weights
 from espalier.nets import Family
 from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget
 from espalier.solvers import strategies
+from espalier.solvers.relax import Relaxed
 from espalier.solvers.strategies import Strategy
 from espalier.space import Candidate, Space
 from espalier.study import Processes, Serial, Study, Trial
@@ -49,9 +51,11 @@ class Job:
     own_costs: tuple[Cost, ...] = ()
     own_estimator: Estimator | None = None
     own_plan: Plan | None = None
+    solver: str = "search"
     pricing: Pricing = field(init=False)
     predicted: PredictedLatency = field(init=False)
     plan: Plan = field(init=False)
+    relaxed: Relaxed | None = None
     threads: int = 1
     speed: dict[str, float] = field(default_factory=dict)
     estimates: dict[Candidate, Reading] = field(default_factory=dict)
@@ -141,7 +145,10 @@ class Job:
         return Trained(family, self.task, replace(self.recipe, epochs=3), seed=self.seed)
 
     def train_shared(self) -> None:
-        """Trains the supernet; a checkpoint every epoch, so a killed run goes on."""
+        """Trains the supernet; a checkpoint every epoch, so a killed run goes on.
+
+        With the solver "relax" its architecture learns too.
+        """
         if not self.shared:
             return
         self.show.phase("training the supernet", self.plan.supernet_epochs)
@@ -150,6 +157,10 @@ class Job:
             load_weights(self.family, initial)
         else:
             save_weights(self.family, initial)
+        if self.solver == "relax":
+            with threads(self.threads):
+                self.relaxed = relax_shared(self)
+            return
         recipe = replace(self.recipe, epochs=self.plan.supernet_epochs)
         with threads(self.threads):
             train.train_supernet(
@@ -160,6 +171,11 @@ class Job:
                 checkpoint=self.study.folder / "supernet.safetensors",
                 progress=self.show.step,
             )
+
+    def drawn(self, space: Space, seed: int) -> Strategy:
+        """Draws from the architecture that was learned."""
+        assert self.relaxed is not None
+        return Drawn(space, seed, self.relaxed.probabilities, self.relaxed.candidate)
 
     def explore(self, strategy: str | MakeStrategy, phase: str) -> list[Trial]:
         """One search over the space; every trial is recorded."""

@@ -35,6 +35,7 @@ def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float)
         "front": [entry_json(e) for e in found.front],
         "baselines": [entry_json(e) for e in found.baselines],
         "supernet": {"epochs": job.plan.supernet_epochs} if job.shared else {},
+        "architecture": architecture(job),
         "plan": job.plan.to_json(),
         "budget": {
             "asked": str(job.budget),
@@ -130,6 +131,20 @@ def progress(job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
+def architecture(job: Job) -> dict[str, Any]:
+    """How the architecture was learned, where it was: a row an epoch, and what it came to."""
+    found = job.relaxed
+    if found is None:
+        return {}
+    space = job.family.space
+    return {
+        "options": {name: list(space[name].options) for name in found.probabilities},
+        "history": [dict(row) for row in found.history],
+        "candidate": found.candidate.to_json(),
+        "monitor": dict(found.monitor),
+    }
+
+
 def decision_effects(job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """What each option does: mean quality and cost of the random trials that chose it, less the
     mean of all. Random trials only: those of a search are biased to what it likes."""
@@ -214,9 +229,11 @@ def reproduce(job: Job) -> dict[str, Any]:
         f"--budget {shlex.quote(str(job.budget).replace(' ', ''))} --seed {job.seed} "
         f"--strategy {strategy} --workers {job.workers}"
     )
+    solver = "" if job.solver == "search" else f", solver={job.solver!r}"
+    command += f" --solver {job.solver}" if solver else ""
     python = (
         f"esp.search({job.family.name!r}, {job.task.name!r}, within={within!r}, "
-        f"on=esp.costs.{job.runtime!r}, budget={str(job.budget)!r}, seed={job.seed})"
+        f"on=esp.costs.{job.runtime!r}, budget={str(job.budget)!r}, seed={job.seed}{solver})"
     )
     return {
         "command": command,

@@ -21,6 +21,8 @@ _TABLE = "latency table"
 def take_over(job: Job, folder: Path, identity: Mapping[str, Any]) -> None:
     """Copies the trained supernet, and the latency table if it was measured on the same runtime.
 
+    The supernet only for the solver "search": relaxation trains its own.
+
     Raises `StudyError` naming the difference when the other study is of another family or data.
     """
     with Study.open(folder) as other:
@@ -34,7 +36,7 @@ def take_over(job: Job, folder: Path, identity: Mapping[str, Any]) -> None:
             with suppress(KeyError):  # a study that was stopped before it had a table
                 table = other.once(_TABLE, _absent)
                 job.study.once(_TABLE, lambda: table)
-    for path in folder.glob("supernet.*"):
+    for path in folder.glob("supernet.*") if job.solver == "search" else ():
         if not (job.study.folder / path.name).exists():
             shutil.copy2(path, job.study.folder / path.name)
     job.study.event("reuse", folder=str(folder))

@@ -13,7 +13,7 @@ import torch
 
 from espalier import nets, tasks
 from espalier.costs import Cost, Counts, OnnxRuntime, PredictedLatency
-from espalier.errors import BudgetError, EspalierError, StudyError
+from espalier.errors import BudgetError, EspalierError, StudyError, unknown
 from espalier.estimators import Estimator
 from espalier.flows.finalists import select
 from espalier.flows.finals import finish
@@ -22,6 +22,7 @@ from espalier.flows.job import Job, MakeStrategy
 from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
+from espalier.flows.relaxing import check as check_relax
 from espalier.flows.reuse import take_over
 from espalier.nets import Family
 from espalier.problem import Limit, Limits, SearchBudget, limits
@@ -31,6 +32,7 @@ from espalier.tasks import Task
 from espalier.train import Recipe
 
 FamilyLike = Family | str | Callable[[tuple[int, ...], int], Family]
+SOLVERS = ("search", "relax")
 CostLike = Cost | Callable[[Family], Cost]
 
 
@@ -46,6 +48,7 @@ def search(
     resume: bool = False,
     workers: int = 0,
     strategy: str | MakeStrategy = "nsga2",
+    solver: str = "search",
     estimator: Estimator | None = None,
     costs: Sequence[CostLike] = (),
     recipe: Recipe | None = None,
@@ -71,6 +74,9 @@ def search(
     - `reuse`: the folder of an earlier study of the same family, data and recipe: its supernet and
       its latency table are taken over, and only the search and the final training are paid again.
     - `strategy`: its name, or a callable `(space, seed)` that makes an own one.
+    - `solver`: "search" trains the supernet and then lets `strategy` search on it; "relax" trains
+      weights and architecture together by gradients, also of the limits, and then draws trials from
+      what it learned, the likeliest first. It reuses latency tables, not supernets.
     - `costs`: own costs, or callables that make one from the family.
     - `out`: the study's folder; a new one under `runs/` when absent. `resume` goes on from it.
 
@@ -83,6 +89,10 @@ def search(
     spent = SearchBudget.parse(budget)
     if isinstance(strategy, str) and strategy not in strategies.STRATEGIES:
         strategies.make(strategy, made.space, seed)  # raises, naming the nearest
+    if solver not in SOLVERS:
+        raise EspalierError(unknown("solver", solver, SOLVERS))
+    if solver == "relax":
+        check_relax(made, strategy, estimator)
     runtime = on or OnnxRuntime()
     folder = Path(out) if out is not None else _free_folder(task, made)
     show = progress or Silent()
@@ -91,6 +101,8 @@ def search(
     asked = limits(within)
     _check_limits(asked, [counts, *own], made, task, seed)
     identity = _identity(made, task, asked, runtime, strategy, estimator, seed)
+    if solver != "search":
+        identity["solver"] = solver
     settings = {"budget": str(spent), "workers": workers}
     if resume:
         study = Study.resume(folder, identity)
@@ -102,7 +114,7 @@ def search(
                 show.note(text)
             job = Job(
                 made, task, asked, runtime, study, strategy, seed, workers, spent,
-                recipe or Recipe(), show, own, estimator, plan,
+                recipe or Recipe(), show, own, estimator, plan, solver,
             )  # fmt: skip
             if reuse is not None:
                 take_over(job, Path(reuse), identity)
@@ -141,7 +153,7 @@ def _run(job: Job, counts: Counts) -> Found:
     with _phase(job, "supernet"):
         job.train_shared()
     with _phase(job, "search"):
-        searched = job.explore(job.strategy, "search")
+        searched = job.explore(job.drawn if job.relaxed else job.strategy, "search")
         if not any(t.state == "done" for t in searched):
             raise BudgetError(_none_within(job))
     with _phase(job, "random"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from espalier.report.architecture import architecture
 from espalier.report.front import front
 from espalier.report.latency import latency
 from espalier.report.progress import progress
@@ -12,5 +13,10 @@ from espalier.report.reading import Result
 
 def figures(result: Result) -> dict[str, list[dict[str, Any]]]:
     """Name of a figure to its views, each `{"label", "figure"}`; no data, no figure."""
-    found = {"front": front(result), "progress": progress(result), "latency": latency(result)}
+    found = {
+        "front": front(result),
+        "architecture": architecture(result),
+        "progress": progress(result),
+        "latency": latency(result),
+    }
     return {name: views for name, views in found.items() if views}

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from espalier.report import drawing, figures, front, layers, numbers, tables, verdict, words
 from espalier.report.reading import Result, plain
 
-_HEIGHTS = {"front": 480, "progress": 340, "latency": 420}
+_HEIGHTS = {"front": 480, "architecture": 340, "progress": 340, "latency": 420}
 
 
 def page(result: Result) -> str:

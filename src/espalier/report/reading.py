@@ -98,6 +98,9 @@ class Result:
         self.progress = _rows(raw.get("progress"))
         self.decisions = _rows(raw.get("decisions"))
         self.network = _rows(raw.get("network"))
+        learned = _mapping(raw.get("architecture"))
+        self.epochs = _rows(learned.get("history"))
+        self.options = _mapping(learned.get("options"))
         self.best = _entry(_mapping(raw.get("best")), "found")
         self.front = [_entry(row, "found") for row in _rows(raw.get("front"))]
         self.baselines = [_entry(row, "baseline") for row in _rows(raw.get("baselines"))]
