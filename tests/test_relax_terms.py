@@ -116,7 +116,7 @@ def test_self_distillation_is_the_divergence_from_the_vote():
     found = term.added(NOW, replace(now, outputs=outputs))
     q = voted(torch.stack(seen[1:]))  # the oldest is forgotten
     wanted = (q * (q.log() - torch.log_softmax(outputs, 1))).sum(1).mean()
-    assert float(found) == pytest.approx(0.5 * float(wanted), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(0.5 * float(wanted.detach()), rel=1e-5)
     found.backward()
     assert outputs.grad is not None
     assert all(p.grad is None for p in net.parameters())

@@ -166,9 +166,10 @@ class Rarts(Rule):
         loss = mover.loss(part, "both" if joint else "weights")
         backward(share * loss, [*weights, *mover.architecture] if joint else weights)
         with torch.no_grad():
-            for w, y in zip(weights, other.weights, strict=True):
-                apart = (w - y).mul_(self.pull)
-                w.grad = apart if w.grad is None else w.grad.add_(apart)
+            apart = torch._foreach_sub(list[Tensor](weights), list[Tensor](other.weights))
+            torch._foreach_mul_(apart, self.pull)
+            for weight, pulled in zip(weights, apart, strict=True):
+                weight.grad = pulled if weight.grad is None else weight.grad.add_(pulled)
         return loss.detach()
 
     @property
