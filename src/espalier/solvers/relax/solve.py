@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.errors import SpaceError, unknown
 from espalier.solvers.relax import store
 from espalier.solvers.relax.collapse import parameterless, without_weights
 from espalier.solvers.relax.monitor import sharpness
@@ -21,6 +19,7 @@ from espalier.solvers.relax.problem import Part
 from espalier.solvers.relax.relaxation import Relaxation
 from espalier.solvers.relax.relaxed import Relaxed
 from espalier.solvers.relax.rules import FirstOrder, Rule
+from espalier.solvers.relax.scope import base_of, names_of
 from espalier.solvers.relax.selection import Magnitude
 from espalier.solvers.relax.settings import Settings
 from espalier.solvers.relax.softmax import Softmax
@@ -96,8 +95,8 @@ class _Search:
     ) -> None:
         self.supernet, self.task, self.settings, self.seed = supernet, task, settings, seed
         self.relaxation, self.rule, self.terms = relaxation, rule, terms
-        self.names = _names(supernet, names)
-        self.base = _base(supernet)
+        self.names = names_of(supernet, names)
+        self.base = base_of(supernet)
         supernet.to(memory_format=torch.channels_last)
         device = device_of(supernet)
         self.logits = relaxation.start(supernet, self.names, generator(seed, _LOGITS))
@@ -271,43 +270,6 @@ class _Search:
             "terms": store.described(self.terms),
             "stop_when_collapsed": collapsed,
         }
-
-
-def _names(supernet: Any, names: Sequence[str] | None) -> tuple[str, ...]:
-    mixable = tuple(supernet.mixable)
-    chosen = _without_topology(supernet, mixable) if names is None else tuple(names)
-    for name in chosen:
-        if name not in mixable:
-            raise SpaceError(unknown("decision that can be mixed", name, mixable))
-    if not chosen:
-        raise SpaceError(
-            "there is no decision to relax: give names, or a supernet that can mix some"
-        )
-    return chosen
-
-
-def _without_topology(supernet: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """The names without the decisions that say which edges meet in a node.
-
-    All edges of a node are mixed, as DARTS does, and `Magnitude` finds the strongest.
-    """
-    space = supernet.space
-    edges = {edge for join in supernet.joins.values() for edge in join}
-    decide = {parent for edge in edges if edge in space for parent in space[edge].when}
-    return tuple(name for name in names if name not in decide)
-
-
-def _base(supernet: Any) -> Candidate:
-    """The active candidate, or the largest: what decisions hold that are not relaxed."""
-    active: Candidate | None = getattr(supernet, "active", None)
-    if active is not None:
-        return active
-    space = supernet.space
-    largest = space.corner(last=True)
-    if not space.valid(largest).all():
-        largest = space.repair(largest, np.random.default_rng(0))
-    found: Candidate = space.decode(largest)[0]
-    return found
 
 
 def _mean(losses: Sequence[Tensor], epoch: int, lr: float) -> float:
