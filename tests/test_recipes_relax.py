@@ -15,7 +15,8 @@ from torch import nn
 from espalier import recipes
 from espalier.nets.nb201 import SPACE
 from espalier.recipes import _nb201, rarts, sharpdarts
-from espalier.recipes._nb201 import SCALES, Method, answer, by_chance, saved_bytes
+from espalier.recipes._nb201 import SCALES, Method, answer, by_chance
+from espalier.recipes._nb201_steps import bytes_kept, saved_bytes
 from espalier.solvers.relax import FirstOrder, Rarts
 
 NAMES = ("darts", "pc-darts", "gdas", "rarts", "darts-pt", "sd-darts", "sharpdarts")
@@ -83,8 +84,8 @@ def test_saved_bytes_are_those_of_the_activations() -> None:
 
 def test_fewer_channels_keep_fewer_bytes() -> None:
     setting = replace(SCALES["smoke"], channels=16)
-    whole = _nb201.bytes_kept(Method("a"), setting, 0)
-    quarter = _nb201.bytes_kept(Method("b", partial=4), setting, 0)
+    whole = bytes_kept(Method("a"), setting, 0)
+    quarter = bytes_kept(Method("b", partial=4), setting, 0)
     assert 0 < quarter < 0.6 * whole
 
 

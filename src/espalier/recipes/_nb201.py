@@ -9,30 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from espalier import tasks
 from espalier.errors import DataError
 from espalier.nets.nb201 import NB201, SPACE
 from espalier.nets.nb201_supernet import NB201Supernet
-from espalier.solvers.relax import Moment, Relaxed, Settings, Softmax, relax
+from espalier.recipes._nb201_steps import bytes_kept
+from espalier.solvers.relax import Relaxed, Settings, relax
 from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train import evaluate, fit
-from espalier.train.loop import channels_last
-from espalier.train.seeds import generator, global_seed, mixed
+from espalier.train.seeds import global_seed, mixed
 
 DATASETS = ("cifar10", "cifar100")  # columns of the table; searched on the first
 PARAMETERLESS = ("none", "skip_connect", "avg_pool_3x3")
-EDGES = len(SPACE.names)
 ABOUT = """\
 The task: CIFAR-10 at 16x16 pixels, 500 images for the weights and 500 for the architecture, 1,000 to
 select by; one cell a stage with 8 channels; 80 epochs of 8 steps, the architecture's rate raised to
@@ -40,7 +38,7 @@ select by; one cell a stage with 8 channels; 80 epochs of 8 steps, the architect
 NAS-Bench-201 (200 epochs, whole network); the search reads nothing of the table. Random search trains
 cells alone, 12 epochs each on all 1,000 images, for as much processor time as the search took, and
 takes the best on the same validation images."""
-_BATCH, _CELLS, _ALONE = 1, 2, 3  # purposes of random streams
+_CELLS, _ALONE = 2, 3  # purposes of random streams
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ SCALES = {
     "smoke": Setting(
         "digits",
         None,
-        train=128,
-        validation=64,
-        test=64,
+        train=64,
+        validation=40,
+        test=40,
         channels=4,
         search=Settings(epochs=1, batch=32),
         alone=Training(epochs=1, batch=32),
@@ -194,11 +192,13 @@ def one_random_cell(setting: Setting) -> dict[str, float] | None:
     """The test accuracy in % to be expected of a cell drawn at random, by data set."""
     from espalier.bench.tables import load
 
+    if not setting.look_up:
+        return None
     try:
         found = {d: load(f"nb201:dataset={d}").columns["test_acc"] for d in DATASETS}
     except DataError:
         return None
-    return {d: float(v.mean()) for d, v in found.items()} if setting.look_up else None
+    return {d: float(v.mean()) for d, v in found.items()}
 
 
 def by_chance(setting: Setting, seed: int, seconds: float, out: Path | None) -> dict[str, Any]:
@@ -234,62 +234,6 @@ def alone(setting: Setting, seed: int, index: int, out: Path | None) -> dict[str
         return {"cell": candidate.to_json(), "accuracy": accuracy, "seconds": spent}
 
     return kept(f"alone {index} {setting}", seed, out, run)
-
-
-def step(method: Method, setting: Setting, seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A fresh supernet, and the forward pass of one of its weight steps, which gives the loss."""
-    task = setting.task
-    supernet = setting.supernet(task, seed, method.partial).train()
-    relaxation = method.slots(setting).get("relaxation", Softmax())
-    logits = relaxation.start(supernet, tuple(supernet.mixable), generator(seed))
-    moment = Moment("weights", epoch=0, progress=0.0, generator=generator(seed, _BATCH))
-    with torch.no_grad():
-        supernet.mix(relaxation.weights(logits, moment))
-    inputs, targets = next(iter(task.batches("train", setting.search.batch, generator(seed))))
-    inputs, targets = channels_last(inputs.to(setting.device)), targets.to(setting.device)
-    return supernet, lambda: task.loss(supernet(inputs), targets)
-
-
-def bytes_kept(method: Method, setting: Setting, seed: int) -> int:
-    """Bytes that one weight step keeps between forward and backward, parameters not counted.
-
-    What autograd saves is counted tensor by tensor, each storage once: the same on every machine,
-    where a process's peak would also hold what torch was loaded with.
-    """
-    return saved_bytes(*step(method, setting, seed))
-
-
-def step_seconds(
-    methods: Sequence[Method], setting: Setting, seed: int, rounds: int = 5
-) -> dict[str, float]:
-    """Median seconds of a weight step, forward and backward, the methods by turns."""
-    forwards = {method.name: step(method, setting, seed)[1] for method in methods}
-    spent: dict[str, list[float]] = {name: [] for name in forwards}
-    for index in range(rounds + 1):
-        for name, forward in forwards.items():
-            start = setting.clock()
-            forward().backward()  # type: ignore[no-untyped-call]
-            if index:  # the first is not counted: memory is still being asked for
-                spent[name].append(setting.clock() - start)
-    return {name: float(np.median(every)) for name, every in spent.items()}
-
-
-def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that autograd saves in `forward`, less the module's own tensors."""
-    own = {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    total = sum(storages.values())  # the graph still holds them: no address was used twice
-    del loss
-    return total
 
 
 def compared(

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import (
-    ABOUT,
-    SCALES,
-    Method,
-    bytes_kept,
-    compared,
-    lower,
-    searched,
-    step_seconds,
-)
+from espalier.recipes._nb201 import ABOUT, SCALES, Method, compared, lower, searched
+from espalier.recipes._nb201_steps import bytes_kept, step_seconds
 from espalier.recipes.darts import DARTS
 from espalier.solvers.relax import EdgeNormalised, FirstOrder, Magnitude, Settings
 

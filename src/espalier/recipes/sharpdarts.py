@@ -96,7 +96,7 @@ PLANS = {
         Settings(epochs=1, batch=32),
         Training(epochs=1),
         trainings=1,
-        data="digits:train=128,validation=64,test=64",
+        data="digits:train=64,validation=40,test=40",
     ),
     "cpu": Plan(Settings(epochs=15, arch_lr=0.01), Training(epochs=10)),
     "gpu": Plan(Settings(epochs=100, arch_lr=3e-3), Training(epochs=60), trainings=5),
