@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from espalier import space as sp
 from espalier import tasks
 from espalier.errors import SpaceError
+from espalier.nets import elastic
 from espalier.nets.darts_cells import DARTSCells
 from espalier.nets.multipath import MultiPath
 from espalier.nets.nb201_supernet import NB201Supernet
 from espalier.nets.superkernel import Superkernel
+from espalier.nets.supernet import Supernet
 from espalier.solvers.relax import (
     BinaryGates,
     EdgeNormalised,
     ExpectedCost,
     Gumbel,
     Magnitude,
+    Moment,
     Rarts,
     SelectionState,
     Settings,
@@ -130,6 +135,58 @@ def test_multipath_blocks_are_searched_under_an_expected_cost(digits):
     found = relax(net, digits, relaxation=BinaryGates(), terms=[term], settings=settings)
     assert found.history[0]["terms"]["params"] > 0
     assert expected.at(found.candidate) < expected.at(net.uniform(1.0))
+
+
+class Bent(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+class Three(Supernet):
+    """Two choices in a row, smooth all through."""
+
+    def __init__(self):
+        super().__init__((1, 4, 4), 3)
+        for name in ("first", "second"):
+            made = {"skip": nn.Identity(), "bend": Bent(), "conv": nn.Conv2d(1, 1, 3, padding=1)}
+            setattr(self, name, elastic.OneOf(sp.choice(name, *made), made))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gates_in_a_network_have_the_slopes_of_its_loss(seed):
+    """Against finite differences of the loss by each gate, with both options of a pair running."""
+    torch.manual_seed(0)
+    net = Three().double()
+    x, y = torch.randn(8, 1, 4, 4, dtype=torch.float64), torch.arange(8) % 3
+    relaxation = BinaryGates()
+    logits = relaxation.start(net, net.mixable, torch.Generator().manual_seed(0))
+    for logit in logits.values():
+        logit.data = logit.data.double()
+    now = Moment("architecture", 0, 0.0, torch.Generator().manual_seed(seed))
+    gates = relaxation.weights(logits, now)
+
+    def loss(weights):
+        net.mix(weights)
+        return nn.functional.cross_entropy(net(x), y)
+
+    loss(gates).backward(inputs=list(logits.values()))
+    for name, gate in gates.items():
+        pair = [int(gate.weights.argmax()), *gate.idle]
+        slopes = []
+        for index in pair:
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = {n: g.weights.detach().clone() for n, g in gates.items()}
+                moved[name][index] += step
+                ends.append(float(loss(moved).detach()))
+            slopes.append((ends[0] - ends[1]) / 2e-5)
+        p = torch.softmax(logits[name].detach()[pair], 0).tolist()
+        wanted = torch.zeros(3, dtype=torch.float64)
+        wanted[pair[0]] = p[0] * p[1] * (slopes[0] - slopes[1])
+        wanted[pair[1]] = -wanted[pair[0]]
+        assert torch.allclose(logits[name].grad, wanted, atol=1e-8)
+        assert float(wanted.abs().max()) > 1e-6
 
 
 def test_a_superkernel_learns_its_thresholds(digits):
