@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ takes the best on the same validation images."""
 _CELLS, _ALONE = 2, 3  # purposes of random streams
 
 
+@cache
+def _task(source: str, size: int | None, train: int, validation: int, test: int) -> tasks.ImageTask:
+    # torch imports its compiler with the first optimiser: that is no part of a search either
+    torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return tasks.images(source, size, train, validation, test)
+
+
 @dataclass(frozen=True)
 class Setting:
     """The small task, the size of the supernet, how long to search, how to train one cell alone."""
@@ -61,8 +69,8 @@ class Setting:
 
     @property
     def task(self) -> Task:
-        """The task, the same in every run."""
-        return tasks.images(self.source, self.size, self.train, self.validation, self.test)
+        """The task, the same in every run; read once, for it is no part of a search's time."""
+        return _task(self.source, self.size, self.train, self.validation, self.test)
 
     @property
     def device(self) -> str:
