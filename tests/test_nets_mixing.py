@@ -372,6 +372,28 @@ def test_gates_work_for_skips_and_inside_a_network():
         assert float(soft[name].grad[index]) == pytest.approx(slope, rel=1e-3, abs=1e-3)
 
 
+def test_halves_are_mixed_as_they_are_run():
+    torch.manual_seed(0)
+    net, x = ViT().eval(), torch.randn(3, 1, 8, 8)
+    candidate = net.uniform(0.5)
+    net.activate(candidate)
+    rows = {n: w.expand(3, -1) for n, w in one_hot(net, candidate).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        active = net(x)
+        net.mix(rows)
+        assert torch.allclose(net(x), active, atol=0.02)
+    one, _ = alternatives(3)
+    found = {}
+    for half in (False, True):
+        logits = torch.zeros(3, requires_grad=True)
+        one.mix({"op": Gates(torch.tensor([0.0, 1.0, 0.0]) + logits, (0, 2))})
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            out = one(torch.ones(2, 4, 5, 5))
+        out.float().sum().backward()
+        found[half] = logits.grad
+    assert torch.allclose(found[False], found[True], rtol=0.02, atol=0.2)
+
+
 # --- the supernet's side ------------------------------------------------------------------------
 
 

@@ -134,9 +134,10 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
 
     def _mixture(self, x: Tensor, width: Spread) -> Tensor:
         if self.training and width.per_sample:
-            x = self._centred(x, width.size, width.mask())
             scale, shift = self.weight[: width.size], self.bias[: width.size]
-            return width.masked(x * scale[:, None, None] + shift[:, None, None], 1)
+            y = self._centred(x.to(scale.dtype), width.size, width.mask())
+            y = y * scale[:, None, None] + shift[:, None, None]
+            return width.masked(y.to(x.dtype), 1)
         return width.masked(self._normalised(x, width.size), 1)
 
     def _centred(self, x: Tensor, n: int, mask: Tensor) -> Tensor:
@@ -236,6 +237,7 @@ class LayerNorm(Elastic, nn.LayerNorm):
         scale, shift = self.weight[:n], self.bias[:n]
         if len(set(width.sizes)) == 1:
             return width.masked(F.layer_norm(x, (n,), scale, shift, self.eps), -1)
+        x = x.to(scale.dtype)  # statistics of halves would be poor: see torch's own under autocast
         mask = aligned(width.mask(), x, -1)
         # statistics over the channels that there are, each as much as there is of it
         total = mask.sum(-1, keepdim=True)
