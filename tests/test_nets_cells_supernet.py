@@ -283,6 +283,8 @@ def test_partial_channels_give_no_network() -> None:
     for refused in (net.extract, net.build):
         with pytest.raises(SpaceError, match="nb201"):
             refused(candidate)
+    with pytest.raises(SpaceError, match="gates are not for partial channels"):
+        net.mix({"op_1_0": Gates(torch.eye(5)[0], (2,))})
     with pytest.raises(SpaceError, match="divisor of channels"):
         small(partial=3)
     with pytest.raises(SpaceError, match="unknown unit"):

@@ -1,7 +1,8 @@
 """Families of networks: a space, and a network for each of its candidates.
 
 `MobileNet` and `ResNet` are shipped, and `make("mobilenet", shape, classes)` gives one by name; so
-are `NB201` and `NBMacro`, the networks of two tabular benchmarks (`make("nb201", shape, classes)`).
+are `NB201` and `NBMacro`, the networks of two tabular benchmarks (`make("nb201", shape, classes)`),
+and the supernets of cells, `NB201Supernet` and `DARTSCells`.
 There are two ways to make your own. Both are checked by `espalier.testing.family.check_family`.
 
 The first way: declare a space and write `build`, which returns any plain `nn.Module`.
@@ -76,19 +77,30 @@ from espalier.nets.supernet import Supernet
 from espalier.nets.units import Unit
 
 if TYPE_CHECKING:
+    from espalier.nets.darts_cells import DARTSCells as DARTSCells
     from espalier.nets.macro import NBMacro as NBMacro
     from espalier.nets.mobilenet import MobileNet as MobileNet
     from espalier.nets.nb201 import NB201 as NB201
+    from espalier.nets.nb201_supernet import NB201Supernet as NB201Supernet
     from espalier.nets.resnet import ResNet as ResNet
 
-_LAZY = {"MobileNet": "mobilenet", "NB201": "nb201", "NBMacro": "nb_macro", "ResNet": "resnet"}
+_LAZY = {
+    "DARTSCells": "darts",
+    "MobileNet": "mobilenet",
+    "NB201": "nb201",
+    "NB201Supernet": "nb201-supernet",
+    "NBMacro": "nb_macro",
+    "ResNet": "resnet",
+}
 
 __all__ = [
     "BENCHMARKS",
     "FAMILIES",
     "NB201",
+    "DARTSCells",
     "Family",
     "MobileNet",
+    "NB201Supernet",
     "NBMacro",
     "ResNet",
     "Supernet",

@@ -47,8 +47,9 @@ class Plan:
 class Wiring(Elastic):
     """Holds the decisions and what they say, once for all cells."""
 
-    def __init__(self) -> None:
+    def __init__(self, gates: bool = True) -> None:
         super().__init__()
+        self._takes_gates = gates
         self._own = _plan({name: _sure(len(OPERATORS) - 1) for name in SPACE.names})
 
     @property
@@ -69,7 +70,10 @@ class Wiring(Elastic):
         return {name: _sure(OPERATORS.index(str(chosen[name]))) for name in SPACE.names}
 
     def mix(self, weights: Mapping[str, Weights]) -> None:
-        self._mixed = _plan({**self._settled_ways(), **resolve(weights, self.decisions())})
+        found = resolve(weights, self.decisions())
+        if not self._takes_gates and any(mixed.idle for mixed in found.values()):
+            raise SpaceError("gates are not for partial channels: give tensors of weights")
+        self._mixed = _plan({**self._settled_ways(), **found})
 
     def plain(self, make: Maker) -> nn.Module:
         return nn.Identity()
@@ -181,8 +185,6 @@ class PartialCell(Cell):
             rest, weights = value[:, part:], plan.weights[origin]
             for offset, out in enumerate(fan(first, running, weights)):
                 to = origin + 1 + offset
-                if (to, origin) in plan.idle:
-                    raise SpaceError("gates are not for partial channels: give tensors of weights")
                 if out is not None:
                     mixed[to].append(out)
                 passed[to].append(rest if weights is None else _times(rest, weights[offset]))
@@ -242,7 +244,7 @@ class NB201Supernet(Supernet):
                 f"got {channels}, {cells} and {partial}"
             )
         self.channels, self.cells, self.partial = channels, cells, partial
-        self.wiring = Wiring()
+        self.wiring = Wiring(gates=partial == 1)
         kind = Cell if partial == 1 else PartialCell
         self.stem = nn.Sequential(OrderedDict(_conv_norm(self.shape[0], channels, 3)))
         for stage in range(3):
