@@ -12,7 +12,7 @@ from espalier.errors import EspalierError, SpaceError
 from espalier.nets.hierarchical import HierarchicalViT
 from espalier.space import Space, choice, integer, ordinal, real
 from espalier.train import Recipe, loop
-from espalier.train.generator import Generator, straight
+from espalier.train.generator import Generator, openness, straight
 from espalier.train.onehot import candidates, one_hot, shares
 from espalier.train.shift import Scale, Shift, Shifting
 from espalier.train.together import Together, drawn
@@ -37,10 +37,10 @@ def small(task, seed=0):
 
 
 def summed(space):
-    """A price: 1 and, for each decision, ten times the index of its option."""
+    """A price: 100 and, for each decision, ten times the index of its option."""
 
     def price(weights):
-        total = torch.ones(len(next(iter(weights.values()))))
+        total = torch.full((len(next(iter(weights.values()))),), 100.0)
         for name in space.names:
             total = total + weights[name] @ (10.0 * torch.arange(space[name].count))
         return total
@@ -145,6 +145,14 @@ def test_choices_are_exactly_one_hot_and_learn_as_the_softmax_does():
     torch.testing.assert_close(got, expected)
 
 
+def test_openness_is_one_where_all_options_are_as_likely():
+    assert float(openness(torch.zeros(3, 5))) == pytest.approx(1)
+    assert float(openness(torch.tensor([[50.0, 0.0]]))) == pytest.approx(0, abs=1e-6)
+    half = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    bits = (-(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75)) + 1) / 2
+    assert float(openness(half.log())) == pytest.approx(bits)
+
+
 def test_a_generator_refuses_what_has_no_options():
     with pytest.raises(SpaceError, match="'rate' is real"):
         Generator(Space([real("rate", 0.0, 1.0)]))
@@ -154,22 +162,34 @@ def test_the_generator_meets_targets():
     space = Space([ordinal(f"d{i}", *range(i % 2 + 2)) for i in range(8)])
     price = summed(space)
     trained = Shifting(space, price, Shift(warmup=120), seed=0)
-    assert (trained.scale.low, trained.scale.high) == (1, 121)
+    assert (trained.scale.low, trained.scale.high) == (100, 220)
     raw = Shifting(space, price, Shift(warmup=0), seed=0)
     targets = torch.linspace(0.1, 0.95, 9)
     with torch.no_grad():
         off, before = (
             float(s.scale.off(s.generator(targets), targets).mean()) for s in (trained, raw)
         )
-    assert off < 0.2 < before
-    found = trained.candidate(62, tries=24)
-    assert abs(float(price(one_hot(space, [found]))) - 62) <= 10
-    assert found == trained.candidate(62, tries=24)
+    assert off < 0.08 < before
+    found = trained.candidate(162, tries=24)
+    assert abs(float(price(one_hot(space, [found]))) - 162) <= 10
+    assert found == trained.candidate(162, tries=24)
+
+
+def test_places_are_by_ratio():
+    space = Space([ordinal(f"d{i}", *range(5)) for i in range(3)])
+    scale = Scale(space, summed(space))
+    assert scale.place(100 * 2.2**0.25) == pytest.approx(0.25)
+    chosen = [{f"d{i}": 2 for i in range(3)}]
+    rows = one_hot(space, chosen)
+    assert float(scale.places(rows)) == pytest.approx(np.log(1.6) / np.log(2.2))
+    half = torch.tensor([0.5])
+    target = 100 * 2.2**0.5
+    assert float(scale.off(rows, half)) == pytest.approx(abs(160 - target) / target, rel=1e-5)
 
 
 def test_the_loss_of_the_network_reaches_the_generator(few):
     net = small(few)
-    paths = Shifting(net.space, summed(net.space), Shift(off=0.0, warmup=0), seed=0)
+    paths = Shifting(net.space, summed(net.space), Shift(off=0.0, open=0.0, warmup=0), seed=0)
     paths.begin(net.space, 0, 1, 1, seed=0)
     (made,) = paths(0)
     x, y = next(iter(few.batches("train", 16)))
@@ -193,8 +213,7 @@ def test_bins_whose_loss_fell_more_become_likelier(few):
         memory.note(index, loss - 0.1)
         memory.note(index, loss + 0.1)
     memory.shift(1.0)
-    fell = np.array([0.1, 0.5, 1.0])
-    score = np.exp((fell - fell.mean()) / fell.std(ddof=1))
+    score = np.exp([0.1, 0.5, 1.0])
     assert memory.probabilities.tolist() == pytest.approx((score / score.sum()).tolist(), rel=1e-4)
     memory.shift(1.0)  # no bin was drawn since: none fell, none is preferred
     assert memory.probabilities.tolist() == pytest.approx([1 / 3] * 3)
@@ -203,7 +222,7 @@ def test_bins_whose_loss_fell_more_become_likelier(few):
 def test_a_price_must_grow():
     space = Space([ordinal("width", 8, 16), ordinal("depth", 1, 2)])
     with pytest.raises(EspalierError, match="cheapest option of each decision first"):
-        Scale(space, lambda weights: 100.0 - summed(space)(weights))
+        Scale(space, lambda weights: 300.0 - summed(space)(weights))
 
 
 @pytest.mark.parametrize("wrong", [{"bins": 1}, {"every": 0}, {"temperature": 0.0}])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _HIT = 0.05
 _WORSE = 0.003
 _DECILES = 10
+_SHARP = 3.0
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     rows = {
         "uniform": bench.row(Uniform(1)),
         "even_bins": bench.row(Shifting(bench.space, bench.price, bench.shift(0.0), seed)),
-        "shifting": bench.row(Shifting(bench.space, bench.price, bench.shift(1.0), seed)),
+        "shifting": bench.row(Shifting(bench.space, bench.price, bench.shift(_SHARP), seed)),
     }
     ours, theirs = rows["shifting"], rows["uniform"]
     gain = {name: ours[name] - theirs[name] for name in ("ends", "middle")}
@@ -292,13 +293,15 @@ RECIPE = Recipe(
     run=run,
     text="""
 Tenths are of the range of multiply-accumulates from the smallest to the largest network, with
-equally many random subnets in each; none of them comes from the generator. A bin's probability is
-the softmax of how much its mean training loss fell since the last comparison, in standard
-deviations over bins.
+equally many random subnets in each; none of them comes from the generator. Bins are equal ratios
+of it: with equally wide ones the smallest subnets, which differ most, were drawn too rarely. A bin's
+probability is the softmax of 3 times how much its mean training loss fell since the last
+comparison, in nats.
 
 Differs from the paper: the generator first learns to meet targets alone, without a network, and in
 each step of further targets (the tables of costs make that cheap); its gradient from the network is
 that of the options that ran, since sizes are slices and what is not chosen is not computed; losses
-are those seen in training, so a comparison costs nothing.
+are those seen in training, so a comparison costs nothing; and the entropy of the choices is
+rewarded, without which the generator writes nearly the same subnets over and over.
 """,
 )

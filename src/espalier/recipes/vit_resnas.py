@@ -50,7 +50,6 @@ class Plan:
     deep_images: str = "digits"
 
 
-_SMALL = (((16, 24, 32), (32, 48, 64)), ((1, 2), (2, 3, 4)))
 PLANS = {
     "smoke": Plan(
         "digits:train=256,validation=150,test=150",
@@ -58,15 +57,22 @@ PLANS = {
         ((1, 2), (1, 2)),
         depth=(1, 2),
         epochs=2,
-        timed=3,
-        judged=4,
-        asked=10,
+        timed=1,
+        judged=2,
+        asked=8,
         stages=3,
         deep=(1, 2),
         deep_epochs=1,
         deep_images="digits:train=256",
     ),
-    "cpu": Plan("digits", *_SMALL),
+    "cpu": Plan(
+        "digits",
+        ((48, 64, 96), (96, 128, 192)),
+        ((2, 4), (4, 6, 8)),
+        batch=128,
+        judged=12,
+        asked=64,
+    ),
     "gpu": Plan(
         "cifar10",
         ((64, 96, 128), (128, 192, 256), (256, 384, 512)),

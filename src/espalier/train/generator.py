@@ -10,6 +10,7 @@ via Probability Shift, 2023, https://arxiv.org/abs/2307.08300).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,19 +51,27 @@ class Generator(nn.Module):
         self, targets: Tensor, noise: torch.Generator | None = None, temperature: float = 1.0
     ) -> dict[str, Tensor]:
         """Choices for each target: the likeliest, or drawn with Gumbel noise from `noise`."""
+        return self.draw(targets, noise, temperature)[0]
+
+    def draw(
+        self, targets: Tensor, noise: torch.Generator | None = None, temperature: float = 1.0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Choices, and how open they were: the mean entropy over decisions, from 0 to 1."""
         wanted = self.target(2 * targets[:, None] - 1)
         hidden = state = torch.zeros_like(wanted)
-        out, told = {}, wanted
+        told, open_ = wanted, wanted.new_zeros(())
+        out: dict[str, Tensor] = {}
         places = self.place.weight
         for i, name in enumerate(self.space.names):
             hidden, state = self.cell(told + places[i], (hidden, state))
             logits = self.head[i](hidden)
+            open_ = open_ + openness(logits)
             if noise is not None:
                 logits = logits + gumbel(logits, noise)
             picked = straight(torch.softmax(logits / temperature, dim=1))
             out[name] = picked
             told = wanted + self.chosen[i](picked)
-        return out
+        return out, open_ / len(out)
 
     @torch.no_grad()
     def write(
@@ -100,6 +109,14 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         return None, gradients[0]
+
+
+def openness(logits: Tensor) -> Tensor:
+    """The entropy of each row's softmax as a share of the most it can be; the mean over rows."""
+    if logits.shape[1] == 1:
+        return logits.new_ones(())
+    logs = torch.log_softmax(logits, dim=1)
+    return -(logs.exp() * logs).sum(1).mean() / math.log(logits.shape[1])
 
 
 def gumbel(like: Tensor, noise: torch.Generator) -> Tensor:

@@ -6,11 +6,13 @@ the price is off the target. Every few epochs the bins' losses are compared with
 bins whose loss fell more are drawn more often. Uniform sampling of options hardly ever gives very
 small or very large networks; this does (Zhang et al., ShiftNAS: Improving One-shot NAS via
 Probability Shift, 2023, https://arxiv.org/abs/2307.08300). Differs in that the generator first
-learns to meet targets alone, which takes no pass of a network.
+learns to meet targets alone, which takes no pass of a network, and in that it is kept from always
+writing the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,20 +37,23 @@ _BINS, _NOISE, _START, _WARM = 21, 22, 23, 24  # purposes of random streams
 class Shift:
     """How bins are drawn and the generator learns.
 
-    - `bins`: regions of the price, all as wide.
-    - `sharpness`: a bin's probability is the softmax over bins of how much its loss fell, in
-      standard deviations of that, times this; 0 keeps all bins as likely.
+    - `bins`: regions of the price, each from so much to the same number of times as much.
+    - `sharpness`: a bin's probability is the softmax over bins of how much its loss fell, in nats,
+      times this; 0 keeps all bins as likely.
     - `every`: epochs from one comparison to the next.
     - `off`: weight of |price - target| / target beside the loss. `targets`: such prices a step, the
       first of them that of the subnet that runs; the others cost no pass of the network.
+    - `open`: weight of the choices' entropy (0 to 1), which keeps what is written for one target
+      from being always the same.
     - `warmup`: steps in which the generator learns to meet targets, before the training.
     - `lr`, `hidden`, `temperature`: of the generator, its LSTM and its softmax.
     """
 
     bins: int = 8
-    sharpness: float = 1.0
+    sharpness: float = 3.0
     every: int = 2
-    off: float = 1.0
+    off: float = 2.0
+    open: float = 0.1
     targets: int = 16
     warmup: int = 300
     lr: float = 5e-3
@@ -61,6 +66,7 @@ class Shift:
             ("sharpness", self.sharpness >= 0, "0 or more"),
             ("every", self.every >= 1, "1 or more"),
             ("off", self.off >= 0, "0 or more"),
+            ("open", self.open >= 0, "0 or more"),
             ("targets", self.targets >= 1, "1 or more"),
             ("warmup", self.warmup >= 0, "0 or more"),
             ("lr", self.lr > 0, "above 0"),
@@ -75,9 +81,11 @@ class Shift:
 
 
 class Scale:
-    """Prices as shares of the range from the first to the last candidate of a space: 0 to 1.
+    """Prices as places in the range from the first to the last candidate: 0 to 1, by ratio.
 
-    Errors: `EspalierError` where the last is not dearer than the first.
+    Equal steps are equal ratios of prices, as relative errors are what targets are met by, and the
+    dearest network may be many times the cheapest.
+    Errors: `EspalierError` where the last candidate is not dearer than the first.
     """
 
     def __init__(self, space: Space, price: Price) -> None:
@@ -90,18 +98,20 @@ class Scale:
                 f" {low:g} to {high:g}: put the cheapest option of each decision first"
             )
         self.low, self.high, self._price = low, high, price
+        self._log = math.log(high / low)
 
-    def share(self, price: float) -> float:
-        """Where a price lies in the range."""
-        return (price - self.low) / (self.high - self.low)
+    def place(self, price: float) -> float:
+        """Where a price, above 0, lies in the range."""
+        return math.log(price / self.low) / self._log
 
-    def shares(self, choices: Mapping[str, Tensor]) -> Tensor:
+    def places(self, choices: Mapping[str, Tensor]) -> Tensor:
         """Where the prices of choices lie in the range, `(n,)`."""
-        return (self._price(choices) - self.low) / (self.high - self.low)
+        found: Tensor = (self._price(choices) / self.low).log() / self._log
+        return found
 
-    def off(self, choices: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
-        """|price - target| / target of each row of choices, for targets as shares."""
-        targets = self.low + wanted * (self.high - self.low)
+    def off(self, choices: Mapping[str, Tensor], places: Tensor) -> Tensor:
+        """|price - target| / target of each row of choices, for the places of targets."""
+        targets = self.low * (places * self._log).exp()
         return (self._price(choices) - targets).abs() / targets
 
 
@@ -145,17 +155,22 @@ class Shifting(Paths):
 
     def candidate(self, price: float, tries: int = 1, seed: int = 0) -> Candidate:
         """The architecture for a price; of several tries, all but one drawn, the nearest."""
-        return self.generator.write(self.scale.share(price), self.scale.shares, tries, seed)
+        return self.generator.write(self.scale.place(price), self.scale.places, tries, seed)
 
     def _meet(self) -> None:
         """The generator learns to meet targets, all equally likely; no network is run."""
         noise = stream(self.seed, _WARM)
         for _ in range(self.shift.warmup):
             wanted = torch.rand(2 * self.shift.targets, generator=noise)
-            choices = self.generator(wanted, noise, self.shift.temperature)
-            self.scale.off(choices, wanted).mean().backward()  # type: ignore[no-untyped-call]
+            self._written(wanted, noise)[1].backward()  # type: ignore[no-untyped-call]
             self.module.step()
         self.module.keep()
+
+    def _written(self, wanted: Tensor, noise: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Architectures for targets, and what the generator is to make less."""
+        shift = self.shift
+        choices, opened = self.generator.draw(wanted, noise, shift.temperature)
+        return choices, shift.off * self.scale.off(choices, wanted).mean() - shift.open * opened
 
     def begin(self, space: Space, epoch: int, epochs: int, steps: int, seed: int) -> None:
         """Takes up the generator as it was kept, and shifts where it is time to."""
@@ -173,8 +188,7 @@ class Shifting(Paths):
         likely = self.module.probabilities.double().numpy()
         drawn = rng.choice(bins, count, p=likely / likely.sum())
         wanted = torch.from_numpy((drawn + rng.random(count)) / bins).float()
-        choices = self.generator(wanted, noise, self.shift.temperature)
-        extra = self.shift.off * self.scale.off(choices, wanted).mean()
+        choices, extra = self._written(wanted, noise)
         self._bin, self._extra = int(drawn[0]), float(extra.detach())
         return [Written(choices, extra)]
 
@@ -236,8 +250,7 @@ class _Memory(nn.Module):
         now = torch.where(self.noted[1] > 0, self.noted[0] / self.noted[1], self.before)
         fell = self.before - now
         if not bool(fell.isnan().any()):
-            score = (fell - fell.mean()) / fell.std().clamp_min(1e-9)
-            self.probabilities.copy_(torch.softmax(sharpness * score, 0))
+            self.probabilities.copy_(torch.softmax(sharpness * fell, 0))
         self.before.copy_(now)
         self.noted.zero_()
 
