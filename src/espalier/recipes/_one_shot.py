@@ -45,7 +45,7 @@ class Plan:
 
     source: str = "cifar10"
     size: int | None = 16
-    train: int = 2000
+    train: int = 5000
     validation: int = 1000
     test: int = 200
     channels: int = 8

@@ -91,12 +91,12 @@ class Distributions(nn.Module):
         """A step up the expected reward of each task, by the networks `drawn` `(n,)` from the mixture.
 
         `losses` `(n, tasks)` are theirs on one batch. A network that a task would draw more often
-        than the mixture of all tasks counts for more: importance weights. The baseline is the mean.
+        than the mixture of all tasks counts for more: importance weights. The baseline is the mean
+        of all, not of those that count: of a task's own networks there may be but one.
         """
         p = self.probabilities()
         weights = (p / p.mean(0))[:, drawn]  # (tasks, n)
-        baseline = (weights * losses.T).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        gains = baseline - losses.T
+        gains = losses.T.mean(1, keepdim=True) - losses.T
         size = gains.square().mean(1).sqrt()
         self.get_buffer("spread").lerp_(size, 0.05)
         scaled = weights * gains / self.get_buffer("spread")[:, None].clamp_min(1e-6)
@@ -122,9 +122,10 @@ class Several(Paths):
         self._epoch, self._epochs, self._steps = epoch, epochs, steps
 
     def __call__(self, step: int) -> Sequence[One]:
-        """Draws the step's networks."""
-        mixed = self.distributions.probabilities().mean(0).double().numpy()
-        self._drawn = self._rng.choice(len(mixed), size=self.plan.paths, p=mixed / mixed.sum())
+        """Draws the step's networks: from the mixture, in turns from each of its parts."""
+        every = self.distributions.probabilities().double().numpy()
+        turns = [every[i % len(every)] for i in range(self.plan.paths)]
+        self._drawn = np.array([self._rng.choice(len(p), p=p / p.sum()) for p in turns])
         return [One(self.candidate(int(i))) for i in self._drawn]
 
     def learned(self, step: int, losses: Sequence[float]) -> None:
