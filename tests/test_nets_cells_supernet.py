@@ -254,6 +254,39 @@ def test_gates_get_the_gradients_of_options_that_did_not_run() -> None:
             assert float(hard[name].grad[idle]) == pytest.approx(float(wanted), rel=1e-3, abs=1e-3)
 
 
+def test_gates_of_an_edge_whose_source_nothing_else_reads() -> None:
+    """Finite differences of the loss by each gate, on edges of which "none" runs."""
+    net, x = small().double().eval(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    runs = {"op_1_0": 3, "op_2_0": 2, "op_3_0": 1}  # the others run "none"
+    hard = {n: torch.eye(5, dtype=torch.float64)[runs.get(n, 0)] for n in SPACE.names}
+    for idle in (1, 2, 3, 4):
+        given = {n: w.clone().requires_grad_() for n, w in hard.items()}
+        net.mix({n: w if n in runs else Gates(w, (idle,)) for n, w in given.items()})
+        net(x).square().sum().backward()
+        for name in ("op_3_1", "op_3_2", "op_2_1"):
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = hard[name].clone()
+                moved[idle] = step
+                net.mix({**hard, name: moved})
+                with torch.no_grad():
+                    ends.append(net(x).square().sum())
+            slope = float(ends[0] - ends[1]) / 2e-5
+            assert float(given[name].grad[idle]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+            assert (slope == 0) == (name == "op_2_1")  # it leads to nothing that runs
+
+
+def test_channels_that_pass_carry_a_node_that_no_operator_reads() -> None:
+    net, x = small(partial=2), torch.randn(4, 3, 8, 8)
+    runs = {"op_1_0": 3, "op_2_0": 2, "op_3_0": 1}
+    hard = {n: torch.eye(5)[runs.get(n, 0)] for n in SPACE.names}
+    wanted = reference(net, x, hard)
+    net.mix(hard)
+    assert close(net(x), wanted)
+    net.activate(SPACE.candidate({n: OPERATORS[runs.get(n, 0)] for n in SPACE.names}))
+    assert close(net(x), wanted)
+
+
 def test_edges_that_feed_nothing_are_not_run() -> None:
     net = small()
     chosen = dict.fromkeys(SPACE.names, "nor_conv_3x3") | {"op_2_1": "none", "op_3_1": "none"}

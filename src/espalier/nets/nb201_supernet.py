@@ -45,12 +45,15 @@ class Plan:
 
 
 class Wiring(Elastic):
-    """Holds the decisions and what they say, once for all cells."""
+    """Holds the decisions and what they say, once for all cells.
 
-    def __init__(self, gates: bool = True) -> None:
+    `passing`: edges also pass on channels that their operators do not see; these take no gates.
+    """
+
+    def __init__(self, passing: bool = False) -> None:
         super().__init__()
-        self._takes_gates = gates
-        self._own = _plan({name: _sure(len(OPERATORS) - 1) for name in SPACE.names})
+        self._passing = passing
+        self._own = _plan({name: _sure(len(OPERATORS) - 1) for name in SPACE.names}, passing)
 
     @property
     def plan(self) -> Plan:
@@ -63,7 +66,7 @@ class Wiring(Elastic):
     def settle(self, choices: Choices) -> None:
         self._settled = {name: choices[name] for name in SPACE.names}
         self._mixed = None
-        self._own = _plan(self._settled_ways())
+        self._own = _plan(self._settled_ways(), self._passing)
 
     def _settled_ways(self) -> dict[str, Mixed]:
         chosen = self._choices()
@@ -71,9 +74,9 @@ class Wiring(Elastic):
 
     def mix(self, weights: Mapping[str, Weights]) -> None:
         found = resolve(weights, self.decisions())
-        if not self._takes_gates and any(mixed.idle for mixed in found.values()):
+        if self._passing and any(mixed.idle for mixed in found.values()):
             raise SpaceError("gates are not for partial channels: give tensors of weights")
-        self._mixed = _plan({**self._settled_ways(), **found})
+        self._mixed = _plan({**self._settled_ways(), **found}, self._passing)
 
     def plain(self, make: Maker) -> nn.Module:
         return nn.Identity()
@@ -83,18 +86,20 @@ def _sure(index: int) -> Mixed:
     return Mixed(torch.eye(len(OPERATORS))[index], (index,), sure=True)
 
 
-def _plan(found: Mapping[str, Mixed]) -> Plan:
+def _plan(found: Mapping[str, Mixed], passing: bool) -> Plan:
     edges = {(to, origin): found[f"op_{to}_{origin}"] for to, origin in EDGES}
-    read = {_OUTPUT}  # the nodes whose value reaches the output
+    read = {_OUTPUT}  # the nodes whose value reaches the output, or gates in backward
     for to, origin in reversed(EDGES):
-        if to in read and any(edges[to, origin].live):  # 0 is "none"
+        edge = edges[to, origin]
+        if to in read and (passing or any((*edge.live, *edge.idle))):  # 0 is "none"
             read.add(origin)
     running, weights = [], []
     for origin in range(_OUTPUT):
         leaving = [(to, edges[to, origin]) for to in range(origin + 1, _NODES)]
         running.append([_live(edge) if to in read else () for to, edge in leaving])
         weights.append(_stacked([edge for _, edge in leaving]))
-    return Plan(tuple(running), tuple(weights), {e: m for e, m in edges.items() if m.idle})
+    idle = {e: m for e, m in edges.items() if m.idle and e[0] in read}
+    return Plan(tuple(running), tuple(weights), idle)
 
 
 def _live(edge: Mixed) -> tuple[int, ...]:
@@ -125,13 +130,14 @@ class Cell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         plan = self._wiring[0].plan
         found: list[list[Tensor]] = [[] for _ in range(_NODES)]
+        gates = plan.idle if torch.is_grad_enabled() else {}
         for origin, (fan, running) in enumerate(zip(self.fans, plan.running, strict=True)):
-            if not any(running):
+            if not any(running) and all(origin != edge[1] for edge in gates):
                 continue
             value = x if not origin else _sum(found[origin], x)
             for offset, out in enumerate(fan(value, running, plan.weights[origin])):
                 edge = (origin + 1 + offset, origin)
-                if edge in plan.idle and torch.is_grad_enabled():
+                if edge in gates:
                     out = _gate(out, value, plan.idle[edge], fan, offset)
                 if out is not None:
                     found[edge[0]].append(out)
@@ -244,7 +250,7 @@ class NB201Supernet(Supernet):
                 f"got {channels}, {cells} and {partial}"
             )
         self.channels, self.cells, self.partial = channels, cells, partial
-        self.wiring = Wiring(gates=partial == 1)
+        self.wiring = Wiring(passing=partial > 1)
         kind = Cell if partial == 1 else PartialCell
         self.stem = nn.Sequential(OrderedDict(_conv_norm(self.shape[0], channels, 3)))
         for stage in range(3):
