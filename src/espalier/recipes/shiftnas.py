@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from espalier.recipes import Recipe
+from espalier.recipes._hierarchical import LARGE, TINY, Nets, Sizes, device_for
 
 if TYPE_CHECKING:
     from espalier.nets import Supernet
     from espalier.space import Candidate
-    from espalier.tasks import Task
     from espalier.train import Paths
     from espalier.train.generator import Price
     from espalier.train.shift import Shift
@@ -36,14 +35,9 @@ class Plan:
     """
 
     task: str
-    widths: tuple[tuple[int, ...], ...] = ((16, 24, 32), (32, 48, 64))
-    heads: tuple[tuple[int, ...], ...] = ((1, 2), (2, 3, 4))
-    depth: tuple[int, ...] = (1, 2, 3)
-    ratio: tuple[int, ...] = (1, 2, 3)
-    patch: int = 2
+    sizes: Sizes
     epochs: int = 12
     batch: int = 64
-    lr: float = 0.1
     bins: int = 8
     every: int = 2
     warmup: int = 300
@@ -55,30 +49,16 @@ class Plan:
 PLANS = {
     "smoke": Plan(
         "digits:train=192,validation=150,test=150",
-        widths=((8, 16), (16, 24)),
-        heads=((1, 2), (1, 2)),
-        depth=(1, 2),
-        ratio=(1, 2),
+        TINY,
         epochs=3,
         bins=4,
         every=1,
-        warmup=60,
-        each=2,
-        targets=6,
+        warmup=40,
+        each=1,
+        targets=4,
     ),
-    "cpu": Plan("digits"),
-    "gpu": Plan(
-        "cifar10",
-        ((64, 96, 128), (128, 192, 256), (256, 384, 512)),
-        ((2, 4), (4, 6, 8), (8, 12, 16)),
-        depth=(2, 4, 6),
-        epochs=200,
-        batch=256,
-        bins=10,
-        every=10,
-        warmup=1000,
-        each=20,
-    ),
+    "cpu": Plan("digits", Sizes()),
+    "gpu": Plan("cifar10", LARGE, epochs=200, batch=256, bins=10, every=10, warmup=1000, each=20),
 }
 
 
@@ -135,35 +115,15 @@ def spread(net: Supernet, price: Price, each: int, seed: int) -> tuple[list[Cand
     return space.decode(np.stack(kept)), np.array(found)
 
 
-class Bench:
+class Bench(Nets):
     """Supernets of one plan, trained in several ways with equally many steps, and judged."""
 
     def __init__(self, plan: Plan, seed: int, device: str) -> None:
-        from espalier import tasks
-
-        self.plan, self.seed, self.device = plan, seed, device
-        self.task: Task = tasks.make(plan.task, seed)
-        net = self.net()
+        super().__init__(plan.task, plan.sizes, seed, device, plan.batch)
+        self.plan = plan
+        net = self.fresh()
         self.price, self.space = macs_of(net), net.space
         self.judged, self.tenths = spread(net, self.price, plan.each, seed)
-
-    def net(self) -> Supernet:
-        """A supernet, always with the same first weights."""
-        import torch
-
-        from espalier.nets.hierarchical import HierarchicalViT
-
-        torch.manual_seed(self.seed)
-        made = HierarchicalViT(
-            self.task.shape,
-            self.task.classes,
-            widths=self.plan.widths,
-            heads=self.plan.heads,
-            depth=self.plan.depth,
-            ratio=self.plan.ratio,
-            patch=self.plan.patch,
-        )
-        return made.to(self.device)
 
     def shift(self, sharpness: float) -> Shift:
         """The settings of a run."""
@@ -176,40 +136,10 @@ class Bench:
             sharpness=sharpness,
         )
 
-    def train(self, paths: Paths) -> tuple[Supernet, float]:
-        """A supernet trained in some way, and its seconds."""
-        import time
-
-        from espalier.train import Recipe as Training
-        from espalier.train import train_supernet
-
-        plan, net = self.plan, self.net()
-        recipe = Training(
-            epochs=plan.epochs,
-            batch=plan.batch,
-            lr=plan.lr,
-            weight_decay=1e-4,
-            clip=1.0,
-            precision="fp32",
-        )
-        start = time.process_time()
-        train_supernet(net, self.task, recipe, self.seed, paths=paths)
-        return net, time.process_time() - start
-
-    def accuracies(self, net: Supernet, chosen: list[Candidate]) -> NDArray[np.float64]:
-        """Test accuracies with the shared weights."""
-        from espalier.train import evaluate
-
-        found = []
-        for candidate in chosen:
-            net.activate(candidate)
-            found.append(evaluate(net, self.task, "test")["accuracy"])
-        return np.array(found)
-
     def row(self, paths: Paths) -> dict[str, Any]:
         """Mean accuracy in each tenth after a training."""
-        net, seconds = self.train(paths)
-        found = self.accuracies(net, self.judged)
+        net, seconds = self.trained(paths, self.plan.epochs)
+        found = np.array(self.accuracies(net, self.judged, "test"))
         by = [float(found[self.tenths == t].mean()) for t in sorted(set(self.tenths.tolist()))]
         middle = (self.tenths > 0) & (self.tenths < _DECILES - 1)
         out = {
@@ -239,20 +169,17 @@ class Bench:
                 macs = self.price(one_hot(self.space, written)).numpy()
             off = np.abs(macs - targets) / targets
             out[f"{name}_off"] = {"mean": float(off.mean()), "most": float(off.max())}
-        out["written"] = float(self.accuracies(net, written).mean())
+        out["written"] = float(np.mean(self.accuracies(net, written, "test")))
         return out
 
 
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Trains uniformly, by equally likely bins and by shifting ones, in equally many steps."""
-    import torch
-
     from espalier.train import Uniform
     from espalier.train.shift import Shifting
 
     plan = PLANS[scale]
-    device = "cuda" if scale == "gpu" and torch.cuda.is_available() else "cpu"
-    bench = Bench(plan, seed, device)
+    bench = Bench(plan, seed, device_for(scale))
     rows = {
         "uniform": bench.row(Uniform(1)),
         "even_bins": bench.row(Shifting(bench.space, bench.price, bench.shift(0.0), seed)),

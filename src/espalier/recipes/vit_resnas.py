@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from espalier.recipes import Recipe
+from espalier.recipes._hierarchical import LARGE, TINY, Nets, Sizes, device_for
 
 if TYPE_CHECKING:
     from espalier.nets.hierarchical import HierarchicalViT
     from espalier.space import Candidate
-    from espalier.tasks import Task
     from espalier.train import Paths
 
 SUBNETS = 4
@@ -34,16 +33,12 @@ class Plan:
     """
 
     task: str
-    widths: tuple[tuple[int, ...], ...]
-    heads: tuple[tuple[int, ...], ...]
-    depth: tuple[int, ...] = (1, 2, 3)
-    patch: int = 2
+    sizes: Sizes
     epochs: int = 10
     batch: int = 64
-    lr: float = 0.1
     timed: int = 15
-    judged: int = 16
-    asked: int = 80
+    judged: int = 12
+    asked: int = 64
     stages: int = 5
     deep: tuple[int, ...] = (1, 6)
     deep_epochs: int = 6
@@ -53,9 +48,7 @@ class Plan:
 PLANS = {
     "smoke": Plan(
         "digits:train=256,validation=150,test=150",
-        ((8, 16), (16, 24)),
-        ((1, 2), (1, 2)),
-        depth=(1, 2),
+        TINY,
         epochs=2,
         timed=1,
         judged=2,
@@ -65,69 +58,17 @@ PLANS = {
         deep_epochs=1,
         deep_images="digits:train=256",
     ),
-    "cpu": Plan(
-        "digits",
-        ((48, 64, 96), (96, 128, 192)),
-        ((2, 4), (4, 6, 8)),
-        batch=128,
-        judged=12,
-        asked=64,
-    ),
-    "gpu": Plan(
-        "cifar10",
-        ((64, 96, 128), (128, 192, 256), (256, 384, 512)),
-        ((2, 4), (4, 6, 8), (8, 12, 16)),
-        depth=(2, 4, 6),
-        epochs=200,
-        batch=256,
-        asked=1000,
-        deep=(1, 12),
-        deep_epochs=40,
-    ),
+    "cpu": Plan("digits", Sizes(((48, 64, 96), (96, 128, 192)), ((2, 4), (4, 6, 8))), batch=128),
+    "gpu": Plan("cifar10", LARGE, epochs=200, batch=256, asked=1000, deep=(1, 12), deep_epochs=40),
 }
 
 
-class Clock:
-    """Seconds: of the processor, which other programs don't disturb; of the wall on an accelerator."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __call__(self) -> float:
-        """The time now."""
-        if self.device == "cpu":
-            return time.process_time()
-        import torch
-
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-class Bench:
+class Bench(Nets):
     """Supernets of one plan, trained and measured."""
 
     def __init__(self, plan: Plan, seed: int, device: str) -> None:
-        from espalier import tasks
-
-        self.plan, self.seed, self.device, self.clock = plan, seed, device, Clock(device)
-        self.task: Task = tasks.make(plan.task, seed)
-
-    def net(self) -> HierarchicalViT:
-        """A supernet, always with the same first weights."""
-        import torch
-
-        from espalier.nets.hierarchical import HierarchicalViT
-
-        torch.manual_seed(self.seed)
-        made = HierarchicalViT(
-            self.task.shape,
-            self.task.classes,
-            widths=self.plan.widths,
-            heads=self.plan.heads,
-            depth=self.plan.depth,
-            patch=self.plan.patch,
-        )
-        return made.to(self.device)
+        super().__init__(plan.task, plan.sizes, seed, device, plan.batch)
+        self.plan = plan
 
     def costs(self) -> dict[str, float]:
         """Seconds of a step, forward and backward, of one batch: medians, taken in turns.
@@ -139,7 +80,7 @@ class Bench:
 
         from espalier.train.together import Together
 
-        net, rng = self.net().train(), np.random.default_rng(self.seed)
+        net, rng = self.fresh().train(), np.random.default_rng(self.seed)
         x, y = next(iter(self.task.batches("train", self.plan.batch)))
         x, y = x.to(self.device), y.to(self.device)
         one, four = Together(1), Together(SUBNETS)
@@ -162,34 +103,6 @@ class Bench:
                 net.zero_grad(set_to_none=True)
         return {name: statistics.median(times[2:]) for name, times in taken.items()}
 
-    def train(self, paths: Paths, epochs: int) -> tuple[HierarchicalViT, float]:
-        """A supernet trained in some way, and the seconds that it took."""
-        from espalier.train import Recipe as Training
-        from espalier.train import train_supernet
-
-        net = self.net()
-        recipe = Training(
-            epochs=max(1, epochs),
-            batch=self.plan.batch,
-            lr=self.plan.lr,
-            weight_decay=1e-4,
-            clip=1.0,
-            precision="fp32",
-        )
-        start = self.clock()
-        train_supernet(net, self.task, recipe, self.seed, paths=paths)
-        return net, self.clock() - start
-
-    def accuracies(self, net: HierarchicalViT, chosen: list[Candidate], split: Any) -> list[float]:
-        """Accuracies with the shared weights; nothing needs to be set anew, as norms are of tokens."""
-        from espalier.train import evaluate
-
-        found = []
-        for candidate in chosen:
-            net.activate(candidate)
-            found.append(evaluate(net, self.task, split)["accuracy"])
-        return found
-
     def learning(self, costs: Mapping[str, float]) -> tuple[dict[str, Any], HierarchicalViT]:
         """One subnet a step against four, in equal time and in equal steps; mean test accuracies."""
         from espalier.train import Uniform
@@ -202,13 +115,13 @@ class Bench:
             "one_equal_time": (Uniform(1), longer),
             "one_equal_steps": (Uniform(1), plan.epochs),
         }
-        space = self.net().space
+        space = self.fresh().space
         codes = space.sample(plan.judged, np.random.default_rng([self.seed, 1]))
         chosen = space.decode(codes)
         out: dict[str, Any] = {}
         nets = {}
         for name, (paths, epochs) in arms.items():
-            nets[name], seconds = self.train(paths, epochs)
+            nets[name], seconds = self.trained(paths, epochs)
             accuracies = self.accuracies(nets[name], chosen, "test")
             out[name] = {
                 "epochs": epochs,
@@ -293,10 +206,8 @@ def reductions(plan: Plan, seed: int, device: str) -> dict[str, Any]:
 
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Measures costs, trains with one and with four subnets a step, searches; tells reductions apart."""
-    import torch
-
     plan = PLANS[scale]
-    device = "cuda" if scale == "gpu" and torch.cuda.is_available() else "cpu"
+    device = device_for(scale)
     bench = Bench(plan, seed, device)
     costs = bench.costs()
     learned, net = bench.learning(costs)

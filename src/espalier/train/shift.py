@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from espalier.errors import EspalierError
 from espalier.space import Candidate, Space
 from espalier.train.generator import Generator, Price
 from espalier.train.loop import device_of
+from espalier.train.memory import Memory
 from espalier.train.onehot import one_hot
 from espalier.train.paths import Pass, Paths
 from espalier.train.seeds import generator as stream
@@ -148,7 +149,7 @@ class Shifting(Paths):
         self.history: list[dict[str, Any]] = []
         with global_seed(seed, _START):
             self.generator = Generator(space, self.shift.hidden)
-        self.module: _Memory = _Memory(self.generator, self.shift)
+        self.module: Memory = Memory(self.generator, self.shift.bins, self.shift.lr)
         self._epoch_state: tuple[np.random.Generator, torch.Generator] | None = None
         self._bin, self._extra = 0, 0.0
         self._meet()
@@ -205,83 +206,3 @@ class Shifting(Paths):
             **asdict(self.shift),
             "range": [self.scale.low, self.scale.high],
         }
-
-
-class _Memory(nn.Module):
-    """What a resumed training has to find again, as buffers: the generator, its moments, the bins.
-
-    The generator is no child, so that the supernet's optimiser leaves it alone.
-    """
-
-    probabilities: Tensor
-    before: Tensor
-    noted: Tensor
-    state: Tensor
-    taken: Tensor
-
-    def __init__(self, generator: Generator, shift: Shift) -> None:
-        super().__init__()
-        self._learned = list(generator.parameters())
-        self._adam = torch.optim.Adam(self._learned, lr=shift.lr, betas=(0.9, 0.99))
-        size = sum(p.numel() for p in self._learned)
-        self.register_buffer("probabilities", torch.full((shift.bins,), 1 / shift.bins))
-        self.register_buffer("before", torch.full((shift.bins,), float("nan")))
-        self.register_buffer("noted", torch.zeros(2, shift.bins))  # sums of losses, and how many
-        self.register_buffer("state", torch.zeros(3, size))  # weights and two moments
-        self.register_buffer("taken", torch.zeros(()))
-        self.keep()
-
-    def step(self) -> None:
-        """One step of the generator on the gradients that it has."""
-        nn.utils.clip_grad_norm_(self._learned, 1.0)
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-
-    def note(self, index: int, loss: float) -> None:
-        """Adds a loss to those of a bin."""
-        self.noted[0, index] += loss
-        self.noted[1, index] += 1
-
-    def shift(self, sharpness: float) -> None:
-        """Makes bins likelier whose mean loss fell more since the last time.
-
-        A bin that was not drawn since keeps the loss that it had.
-        """
-        now = torch.where(self.noted[1] > 0, self.noted[0] / self.noted[1], self.before)
-        fell = self.before - now
-        if not bool(fell.isnan().any()):
-            self.probabilities.copy_(torch.softmax(sharpness * fell, 0))
-        self.before.copy_(now)
-        self.noted.zero_()
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Copies the generator and its moments into the buffers."""
-        held = [self._adam.state.get(p, {}) for p in self._learned]
-        pairs = list(zip(self._learned, held, strict=True))
-        self.state[0] = torch.cat([p.flatten() for p in self._learned])
-        for row, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
-            self.state[row] = torch.cat(
-                [h.get(name, torch.zeros_like(p)).flatten() for p, h in pairs]
-            )
-        self.taken.fill_(next((float(h["step"]) for h in held if h), 0.0))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Brings the generator and its moments back."""
-        start = 0
-        for p in self._learned:
-            own = self.state[:, start : start + p.numel()].reshape(3, *p.shape).clone()
-            start += p.numel()
-            p.copy_(own[0])
-            if self.taken:
-                self._adam.state[p] = {
-                    "step": self.taken.clone(),
-                    "exp_avg": own[1],
-                    "exp_avg_sq": own[2],
-                }
-
-    def to_json(self) -> dict[str, Any]:
-        """The bins."""
-        losses = [None if np.isnan(x) else x for x in self.before.tolist()]
-        return {"probabilities": self.probabilities.tolist(), "losses": losses}
