@@ -97,6 +97,7 @@ def test_a_search_learns_its_architecture_and_keeps_the_limits(found: esp.Found)
     learned = result["architecture"]
     assert [row["epoch"] for row in learned["history"]] == [1, 2, 3]
     assert set(learned["options"]) == set(found.family.mixable)  # type: ignore[attr-defined]
+    assert learned["operators"] == 0
     terms = learned["history"][-1]["terms"]
     assert set(terms) == {"params", "latency_ms"}  # the peak of memory is no sum
     tried = [t for t in result["trials"] if t["phase"] == "search"]
@@ -156,6 +157,8 @@ def test_the_report_draws_the_architecture_only_where_one_was_learned(found: esp
     assert line["y"] == [0.5, 0.6, 0.7, 0.8]
     assert "op = skip &lt;b&gt;" in line["hovertemplate"]
     assert count["y"] == [0, 0, 1, 1]
+    none = pages.figures.figures(Result({"architecture": {**learned, "operators": 0}}))
+    assert len(none["architecture"][0]["figure"]["data"]) == 1  # there is nothing to count
     spoiled = [{"epoch": 1, "probabilities": {"op": "x", "p": [None]}}, {"epoch": None}, {}]
     assert read(pages.page(Result({"architecture": {"history": spoiled}}))).wrong == []
     assert "How the search went" in (found.report()).read_text()

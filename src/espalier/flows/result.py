@@ -14,6 +14,7 @@ import numpy as np
 from espalier.costs import layers
 from espalier.errors import StudyError
 from espalier.flows.machine import machine, versions
+from espalier.solvers.relax.collapse import without_weights
 from espalier.study import Study, Trial
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def architecture(job: Job) -> dict[str, Any]:
     space = job.family.space
     return {
         "options": {name: list(space[name].options) for name in found.probabilities},
+        "operators": len(without_weights(job.family, list(found.probabilities))),
         "history": [dict(row) for row in found.history],
         "candidate": found.candidate.to_json(),
         "monitor": dict(found.monitor),

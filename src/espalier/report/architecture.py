@@ -24,14 +24,19 @@ def architecture(result: Result) -> list[dict[str, Any]]:
     x["tickformat"] = ""
     layout = plot.layout(x, y, showlegend=True)
     counted = [numbers.real(r.get("parameterless")) for r in rows]
-    if any(n is not None for n in counted):
+    if result.operators != 0 and any(n is not None for n in counted):
         traces.append(_steps(epochs, counted))
-        most = max(n for n in counted if n is not None)
+        # to the number of such decisions, where it is known, so that a collapse fills the height
+        most = result.operators or max(n for n in counted if n is not None)
         layout["yaxis2"] = {
-            **plot.axis(_HEAD, "", (0, max(most * 1.05, 1))),
+            **plot.axis(_HEAD, "", (0, max(most, 1) * 1.02)),
             "overlaying": "y",
             "side": "right",
             "showgrid": False,
+            "tickmode": "linear",
+            "tick0": 0,
+            "dtick": max(1, -(-int(most) // 6)),
+            "tickformat": "d",
         }
         layout["margin"] = {**layout["margin"], "r": 56}
     return [{"label": "epochs", "figure": {"data": traces, "layout": layout}}]

@@ -101,6 +101,7 @@ class Result:
         learned = _mapping(raw.get("architecture"))
         self.epochs = _rows(learned.get("history"))
         self.options = _mapping(learned.get("options"))
+        self.operators = numbers.real(learned.get("operators"))
         self.best = _entry(_mapping(raw.get("best")), "found")
         self.front = [_entry(row, "found") for row in _rows(raw.get("front"))]
         self.baselines = [_entry(row, "baseline") for row in _rows(raw.get("baselines"))]
