@@ -75,7 +75,7 @@ def run(case: Case, checkouts: dict[str, Path], sizes: dict[str, int]) -> dict[s
 def median(rounds: list[dict[str, Any]], step: str, field: str) -> float | None:
     """The median over rounds; None where a round failed or has no such step."""
     values = [r[step][field] for r in rounds if step in r]
-    return statistics.median(values) if len(values) == len(rounds) else None
+    return statistics.median(values) if values and len(values) == len(rounds) else None
 
 
 def ratio(
@@ -84,7 +84,7 @@ def ratio(
     """The median over rounds of one over the other."""
     pairs = [
         (a[step][field], b[step][field])
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(one, other, strict=False)  # the last round may have been interrupted
         if step in a and step in b
     ]
     return statistics.median(a / b for a, b in pairs) if pairs else None
@@ -158,6 +158,20 @@ def line(case: Case, rounds: list[dict[str, Any]]) -> str:
     return "  ".join(parts)
 
 
+def report(found: dict[Case, list[dict[str, Any]]]) -> dict[str, Any]:
+    """All that is written of one number of threads."""
+    return {
+        "cases": [
+            {"tool": tool, "mode": mode, "format": chosen, "rounds": rounds}
+            for (tool, mode, chosen), rounds in found.items()
+            if rounds
+        ],
+        "against_peers": compared(found),
+        "of_espalier": own_ratios(found),
+        "complete": len({len(rounds) for rounds in found.values()}) == 1,
+    }
+
+
 def main() -> None:
     """Runs every case in every round, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -191,16 +205,9 @@ def main() -> None:
             for case in every:
                 found[case].append(run(case, checkouts, {**sizes, "threads": threads}))
                 print(f"{threads} threads  {line(case, found[case][-1:])}", flush=True)
+                result["threads"][str(threads)] = report(found)  # what an interrupted run leaves
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
         comparison, own = compared(found), own_ratios(found)
-        result["threads"][str(threads)] = {
-            "cases": [
-                {"tool": c[0], "mode": c[1], "format": c[2], "rounds": rounds}
-                for c, rounds in found.items()
-            ],
-            "against_peers": comparison,
-            "of_espalier": own,
-        }
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
         for name, row in comparison.items():
             print(
                 f"{threads} threads  {name}: {row['least_times_faster']:.2f} times faster than the "

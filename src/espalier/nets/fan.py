@@ -127,8 +127,9 @@ class _Total:
         self._sums: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, on: tuple[int, ...], value: Tensor) -> None:
+        # in place: a second value comes only where the first was made here, by a norm or a weight
         known = self._sums.get(on)
-        self._sums[on] = value if known is None else known + value
+        self._sums[on] = value if known is None else known.add_(value)
 
     @property
     def edges(self) -> list[Tensor | None]:

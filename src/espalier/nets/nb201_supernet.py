@@ -168,9 +168,11 @@ class _Alone(nn.Module):
 def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
     if not terms:
         return torch.zeros_like(like)
-    out = terms[0]
-    for term in terms[1:]:
-        out = out + term
+    if len(terms) == 1:
+        return terms[0]
+    out = terms[0] + terms[1]
+    for term in terms[2:]:
+        out.add_(term)
     return out
 
 
