@@ -45,7 +45,7 @@ def relaxed_search(out: Path, **changes: Any) -> esp.Found:
         "out": out,
         "solver": "relax",
     }
-    return esp.search(family, "digits", **{**settings, **changes})
+    return esp.search(family, "digits:train=300", **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
