@@ -32,12 +32,12 @@ from espalier.nets.elastic import (
 from espalier.nets.elastic.core import Maker
 from espalier.nets.elastic.dims import Choices, decisions, options, size
 from espalier.nets.elastic.masks import aligned
-from espalier.nets.elastic.mixing import Mixture, Weights, no_gates, resolve
+from espalier.nets.elastic.mixing import Weights, no_gates, resolve
 from espalier.nets.multipath import Frame, Place, classifier
 from espalier.nets.supernet import Supernet
 from espalier.space import Candidate, Decision, Option, choice
 
-START = 0.5  # thresholds at first, as a share of the norm of what is inside
+START = 0.8  # thresholds at first, as a share of the norm of what is inside
 SLOPE = 0.25  # width of the sigmoid that stands for the step in backward
 # An indicator is this far from 0 and 1, so that both sides run and both get gradients.
 AWAY = 1e-6
@@ -79,7 +79,7 @@ class Superkernel(Supernet):
             self.add_module(name, Repeat(len(blocks), blocks.__getitem__))
         self.head = classifier(frame.widths[-1], frame.head, self.classes)
 
-    def indicators(self) -> Mixture:
+    def indicators(self) -> dict[str, Tensor]:
         """Which part of each layer its weights' norms call for, as weights for `mix`.
 
         0 or 1 in value (but for a millionth, so that both sides run); in backward the sigmoid of
@@ -100,7 +100,7 @@ class Superkernel(Supernet):
     @torch.no_grad()
     def chosen(self) -> Candidate:
         """The candidate that the indicators name."""
-        picked = {name: int(w.argmax()) for name, w in self.indicators().items()}  # type: ignore[union-attr]
+        picked = {name: int(w.argmax()) for name, w in self.indicators().items()}
         full: dict[str, Option] = {**self.uniform(1.0)}
         for name, index in picked.items():
             full[name] = options(self.space[name])[index]

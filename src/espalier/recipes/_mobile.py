@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from espalier.costs import OnnxRuntime, PredictedLatency, count, layers, machine
 from espalier.export import to_onnx
 from espalier.nets import Supernet
+from espalier.nets.multipath import MultiPath
 from espalier.solvers.relax.expected import Expected, Price, counted, expected_cost, latency_price
 from espalier.space import Candidate
 from espalier.tasks import Task
@@ -24,6 +25,14 @@ from espalier.train import evaluate, fit
 from espalier.train.seeds import global_seed, mixed
 
 _ALONE, _ORDER = 21, 22  # purposes of random streams
+# the smallest network that has all kinds of blocks, for trials of the machinery
+SMALL: Mapping[str, Any] = {"depth": (2, 1, 1), "stem": 8, "widths": (8, 8, 16), "head": 16}
+
+
+def multipath(task: Task, seed: int, **options: Any) -> MultiPath:
+    """The supernet of complete operators, its weights decided by the seed."""
+    with global_seed(seed):
+        return MultiPath(task.shape, task.classes, **options)
 
 
 class Device(ABC):

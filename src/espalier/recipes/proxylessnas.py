@@ -11,17 +11,16 @@ import torch
 
 from espalier import tasks
 from espalier.costs import OnnxRuntime
-from espalier.nets.multipath import MultiPath
 from espalier.recipes import Recipe
-from espalier.recipes._mobile import Alone, Counted, Device, Processor, even
-from espalier.recipes._nb201 import saved_bytes
+from espalier.recipes._mobile import SMALL, Alone, Counted, Device, Processor, even, multipath
+from espalier.recipes._nb201_steps import saved_bytes
 from espalier.solvers.relax import BinaryGates, ExpectedCost, Moment, Settings, Softmax, relax
 from espalier.solvers.relax.expected import Expected
 from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train.loop import channels_last
-from espalier.train.seeds import generator, global_seed
+from espalier.train.seeds import generator
 
 KERNELS = ((3,), (3, 5), (3, 5, 7))  # with two expansions: 2, 4 and 6 operators a block
 MOST_MEMORY = 1.3  # of one path's
@@ -33,6 +32,7 @@ class Setting:
     """The task, the device, how long to search, the weight of the latency, how to train alone."""
 
     task: str = "digits:train=1100,validation=297,test=400"
+    net: Mapping[str, Any] = field(default_factory=dict)  # options of the family
     measured: bool = True  # else counted, which takes no time and hangs on no machine
     latency: float = 0.4  # of expected latency over that of even chances
     search: Settings = field(
@@ -52,6 +52,7 @@ class Setting:
 SCALES = {
     "smoke": Setting(
         "digits:train=128,validation=64,test=64",
+        net=SMALL,
         measured=False,
         latency=0.5,
         search=Settings(epochs=2, batch=32, arch_lr=0.1, arch_decay=0.0),
@@ -73,17 +74,17 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     setting = SCALES[scale]
     task = tasks.make(setting.task)
     device: Device = Processor(OnnxRuntime(), seed) if setting.measured else Counted()
-    expected = device.expected(fresh(task, seed))
+    expected = device.expected(multipath(task, seed, **setting.net))
     searches = {
         name: searched(task, expected, weight, setting, seed)
         for name, weight in (("without", 0.0), ("with", setting.latency))
     }
-    family = fresh(task, seed)
+    family = multipath(task, seed, **setting.net)
     found = [family.space.candidate(one["candidate"]) for one in searches.values()]
     timed = device.measured(family, found, setting.rounds)
     for one, ms in zip(searches.values(), timed["ms"], strict=True):
         one["latency_ms"] = ms
-    memory = {f"{2 * len(kernels)}": bytes_of(task, kernels, seed) for kernels in KERNELS}
+    memory = {f"{2 * len(k)}": bytes_of(task, k, seed, setting.net) for k in KERNELS}
     about = device.about() if isinstance(device, Processor) else {}
     return {
         "device": {"name": device.name, **about},
@@ -94,17 +95,11 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     }
 
 
-def fresh(task: Task, seed: int, kernels: tuple[int, ...] = (3, 5), zero: bool = True) -> MultiPath:
-    """The supernet with weights decided by the seed."""
-    with global_seed(seed):
-        return MultiPath(task.shape, task.classes, kernels, zero=zero)
-
-
 def searched(
     task: Task, expected: Expected, weight: float, setting: Setting, seed: int
 ) -> dict[str, Any]:
     """One search, and its network trained alone."""
-    supernet = fresh(task, seed)
+    supernet = multipath(task, seed, **setting.net)
     cost = ExpectedCost(expected, even(expected), coefficient=weight, name="latency")
     found = relax(
         supernet,
@@ -127,10 +122,12 @@ def searched(
     }
 
 
-def bytes_of(task: Task, kernels: tuple[int, ...], seed: int) -> dict[str, int]:
+def bytes_of(
+    task: Task, kernels: tuple[int, ...], seed: int, net: Mapping[str, Any]
+) -> dict[str, int]:
     """Bytes kept for backward in one architecture step, without weights: one path as it is trained
     alone, the same path with an idle rival in each block, and all operators at once."""
-    supernet = fresh(task, seed, kernels, zero=False).train()
+    supernet = multipath(task, seed, **{**net, "kernels": kernels, "zero": False}).train()
     inputs, targets = next(iter(task.batches("train", 32, generator(seed))))
     x = channels_last(inputs)
     moment = Moment("architecture", 0, 0.0, generator(seed, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from espalier.costs import OnnxRuntime
 from espalier.nets.multipath import MultiPath
 from espalier.nets.superkernel import Superkernel
 from espalier.recipes import Recipe
-from espalier.recipes._mobile import Alone, Counted, Device, Processor
+from espalier.recipes._mobile import SMALL, Alone, Counted, Device, Processor
 from espalier.solvers.relax import ExpectedCost, Settings, SingleLevel, Thresholds, relax
 from espalier.solvers.relax.expected import Expected
 from espalier.space import Candidate
@@ -35,15 +36,16 @@ class Setting:
     train: int = 1500
     validation: int = 500
     test: int = 2000
+    net: Mapping[str, Any] = field(default_factory=lambda: {"stem": 8, "widths": (8, 16, 32)})
     measured: bool = True  # else counted, and no number hangs on the machine
-    latency: float = 0.1  # of the logarithm of the latency
+    latency: float = 0.2  # of the logarithm of the latency
     search: Settings = field(
         default_factory=lambda: Settings(
-            epochs=12, lr=0.1, arch_lr=0.01, arch_decay=0.0, warmup_epochs=3
+            epochs=12, lr=0.1, arch_lr=5e-3, arch_decay=0.0, warmup_epochs=3
         )
     )
     alone: Alone = field(default_factory=lambda: Alone(Training(epochs=8, lr=0.1)))
-    found_times: int = 2  # trainings of the network that was found
+    found_times: int = 3  # trainings of the network that was found
     random: int = 9  # networks of the same latency
     rounds: int = 7  # of timing
 
@@ -51,6 +53,11 @@ class Setting:
     def task(self) -> Task:
         """The task, the same in every run."""
         return tasks.images(self.source, self.size, self.train, self.validation, self.test)
+
+    def family(self, task: Task, multi: bool = False) -> MultiPath | Superkernel:
+        """The space as one superkernel a layer, or as one operator for each choice."""
+        kind = MultiPath if multi else Superkernel
+        return kind(task.shape, task.classes, **self.net)
 
 
 SCALES = {
@@ -60,6 +67,7 @@ SCALES = {
         train=128,
         validation=64,
         test=64,
+        net=SMALL,
         measured=False,
         search=Settings(epochs=2, batch=32, arch_lr=0.05, arch_decay=0.0),
         alone=Alone(Training(epochs=1, batch=32)),
@@ -70,6 +78,7 @@ SCALES = {
     "cpu": Setting(),
     "gpu": Setting(
         size=None,
+        net={},
         train=45_000,
         validation=5_000,
         test=10_000,
@@ -85,7 +94,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """A search, and random networks of the same latency trained in the same way."""
     setting = SCALES[scale]
     task = setting.task
-    supernet = fresh(task, seed)
+    supernet = fresh(task, setting, seed)
     device: Device = Processor(OnnxRuntime(), seed) if setting.measured else Counted()
     table = device.expected(supernet)
     found = relax(
@@ -127,14 +136,16 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
             {name: row[name] for name in ("epoch", "loss", "terms")} for row in found.history
         ],
         "seconds": found.seconds,
-        "check": checked(task, kept, drawn),
+        "check": checked(setting, task, kept, drawn),
     }
 
 
-def fresh(task: Task, seed: int) -> Superkernel:
+def fresh(task: Task, setting: Setting, seed: int) -> Superkernel:
     """The supernet with weights decided by the seed."""
     with global_seed(seed):
-        return Superkernel(task.shape, task.classes)
+        made = setting.family(task)
+    assert isinstance(made, Superkernel)
+    return made
 
 
 def alike(
@@ -156,9 +167,11 @@ def alike(
     return [drawn[i] for i in order if drawn[i] != found][:count]
 
 
-def checked(task: Task, found: dict[str, Any], drawn: list[dict[str, Any]]) -> dict[str, Any]:
+def checked(
+    setting: Setting, task: Task, found: dict[str, Any], drawn: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Parameters of the search, and the found network among random ones."""
-    single, multi = Superkernel(task.shape, task.classes), MultiPath(task.shape, task.classes)
+    single, multi = setting.family(task), setting.family(task, multi=True)
     largest = _parameters(single.build(single.uniform(1.0)))
     share = _parameters(single) / largest
     middle = median(one["accuracy"] for one in drawn)
@@ -193,7 +206,7 @@ RECIPE = Recipe(
         "relaxation: thresholds on the norms of the outer parts; indicators in forward, sigmoids in "
         "backward",
         "rule: one level, weights and thresholds on the same batch in one backward pass",
-        "terms: 0.1 times the logarithm of the latency that the indicators make",
+        "terms: 0.2 times the logarithm of the latency that the indicators make",
         "cost: a table of pieces measured in ONNX Runtime on one thread of this machine",
         "selection: what the indicators name; trained alone from fresh weights",
         "baseline: random networks of the same latency, trained alone in the same way",
