@@ -26,6 +26,7 @@ from espalier.solvers.relax import (
     SelectionState,
     Settings,
     SingleLevel,
+    Term,
     Thresholds,
     expected_cost,
     relax,
@@ -135,6 +136,24 @@ def test_multipath_blocks_are_searched_under_an_expected_cost(digits):
     found = relax(net, digits, relaxation=BinaryGates(), terms=[term], settings=settings)
     assert found.history[0]["terms"]["params"] > 0
     assert expected.at(found.candidate) < expected.at(net.uniform(1.0))
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_terms_of_a_search_with_two_copies_are_told_of_its_last_epoch(digits, in_turn):
+    torch.manual_seed(0)
+    net = MultiPath(SHAPE, 10, kernels=(3,), expansions=(1, 2), depth=1)
+    told = []
+
+    class Counts(Term):
+        name = "counts"
+
+        def __call__(self, moment, state):
+            told.append(moment.epoch)
+            return torch.tensor(float(moment.epoch))
+
+    found = relax(net, digits, rule=Rarts(in_turn=in_turn), terms=[Counts()], settings=QUICK)
+    assert [row["terms"]["counts"] for row in found.history] == [0.0, 1.0]
+    assert told == [0, 0, 1, 1]  # once a step
 
 
 class Bent(nn.Module):

@@ -204,6 +204,7 @@ class NetworkProblem:
             self.chosen,
             self.splits,
         )
+        out.added = self.added  # its losses are of the same search
         self._twins.append(out)
         return out
 
