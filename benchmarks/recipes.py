@@ -4,7 +4,8 @@
 
 Writes results/recipe_<name>.json beside this file: every seed's JSON, how many checks held, the
 median and spread of every number in them. Seeds that the file holds already, of the same scale,
-are kept and not run again unless --again is given. Without names every recipe is run once at the
+are kept and not run again unless --again is given. What recipes share (a search by
+DARTS, say) is kept under .cache/recipes: remove it for runs that are new throughout. Without names every recipe is run once at the
 smoke scale, and nothing is written.
 """
 
@@ -25,6 +26,7 @@ from espalier import recipes
 from espalier.errors import EspalierError
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = Path(__file__).parents[1] / ".cache" / "recipes"  # searches that several recipes share
 
 
 def numbers(data: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -89,7 +91,9 @@ def write(path: Path, name: str, scale: str, runs: list[dict[str, Any]]) -> dict
 def run(name: str, scale: str, seed: int) -> dict[str, Any]:
     """One seed, with the seconds it took: of the wall's clock and of the processor."""
     start, cpu = time.monotonic(), time.process_time()
-    found = recipes.run(name, scale, seed)
+    # a study has a folder of its own; there is none where nothing is shared
+    folder = None if name == "default-search" else KEPT / scale
+    found = recipes.run(name, scale, seed, folder)
     spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
     shown = json.dumps(found.get("check", {}))
     print(f"{name} seed {seed}: {spent['seconds']:.0f} s {shown[:2000]}", flush=True)
