@@ -50,12 +50,20 @@ def test_the_largest_is_left_as_it_was_and_shrinking_is_repeatable():
     assert not torch.equal(first.head.linear.weight, net.head.linear.weight)
 
 
+@pytest.mark.parametrize(("scale", "shape"), [("cpu", (3, 16, 16)), ("gpu", (3, 32, 32))])
+def test_every_scale_has_a_family_with_the_three_dimensions(scale, shape):
+    net = MobileNet(shape, 10, transform=True, **ofa._SCALES[scale].family)
+    for name in ofa.DIMENSIONS:
+        assert any(d.name.endswith(f".{name}") and d.count > 1 for d in net.space.decisions)
+    assert not any(d.name.endswith(".width") for d in net.space.decisions)
+
+
 def test_the_verdict():
     scores = {"sliced": [0.3, 0.3], "shrunk": [0.5, 0.4], "reversed": [0.4, 0.4]}
-    assert ofa.verdict(scores, [0.505], 0.5)["holds"]  # of the same network: 0.5
-    assert not ofa.verdict(scores, [0.52], 0.5)["holds"]
-    assert not ofa.verdict({**scores, "sliced": [0.44, 0.44]}, [0.5], 0.5)["holds"]
-    assert ofa.verdict(scores, [0.5], 0.5)["shrunk_less_reversed"] == pytest.approx(0.05)
+    assert ofa.verdict(scores, [0.505])["holds"]  # of the same network: 0.5
+    assert not ofa.verdict(scores, [0.52])["holds"]
+    assert not ofa.verdict({**scores, "sliced": [0.44, 0.44]}, [0.5])["holds"]
+    assert ofa.verdict(scores, [0.5])["shrunk_less_reversed"] == pytest.approx(0.05)
 
 
 def test_the_recipe_runs(tmp_path):

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from espalier import tasks
-from espalier.estimators import OneShot, Trained
+from espalier.estimators import OneShot
 from espalier.nets import MobileNet
 from espalier.nets.elastic.sorting import sort_channels
 from espalier.recipes import Recipe
 from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
-from espalier.train import Shrinking, Stage, Uniform, Within, train_supernet
+from espalier.train import Shrinking, Stage, Uniform, Within, evaluate, fit, train_supernet
+from espalier.train.loop import device_of
 from espalier.train.seeds import global_seed, mixed
 
 DIMENSIONS = ("kernel", "depth", "expansion")  # the published order; width is the expansion's
@@ -35,12 +36,12 @@ class Plan:
     task: str
     family: dict[str, Any]
     largest_epochs: int  # of the largest, and of each network trained alone
-    shrink_epochs: dict[str, int]  # by dimension
+    shrink_epochs: dict[str, int]  # by dimension; published: 2.3 times the largest's in all
     subnets: int  # that are scored
     alone: int  # that are trained alone as well
     batch: int = 64
     lr: float = 0.2
-    shrink_lr: float = 0.1
+    shrink_lr: float = 0.2
 
 
 _SCALES = {
@@ -54,23 +55,25 @@ _SCALES = {
         alone=1,
     ),
     "cpu": Plan(
-        "cifar10:size=16,train=2000,validation=1000,test=2000",
+        "cifar10:size=16,train=2560,validation=1000,test=2000",
         {"resolution": 16, "stem": 8, "widths": (8, 16, 24), "head": 64}
-        | {"depth": (1, 2, 3), "kernel": (3, 5, 7), "expansion": (2, 3, 4)},
-        largest_epochs=12,
-        shrink_epochs={"kernel": 2, "depth": 3, "expansion": 4},
+        | {"depth": (1, 2), "kernel": (3, 5), "expansion": (2, 3, 4)},
+        largest_epochs=8,
+        shrink_epochs={"kernel": 5, "depth": 6, "expansion": 7},
         subnets=12,
         alone=3,
+        batch=128,
     ),
     "gpu": Plan(
         "cifar10",
-        {"resolution": (20, 24, 28, 32), "stem": 16, "widths": (24, 40, 80, 112), "head": 320}
+        {"resolution": (24, 28, 32), "stem": 16, "widths": (24, 48, 96), "head": 320}
         | {"depth": (2, 3, 4), "kernel": (3, 5, 7), "expansion": (3, 4, 6)},
         largest_epochs=180,
         shrink_epochs={"kernel": 120, "depth": 145, "expansion": 145},
         subnets=30,
         alone=5,
         batch=128,
+        shrink_lr=0.05,
     ),
 }
 
@@ -79,21 +82,21 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Trains the largest, shrinks it in both orders, scores subnets of all three and some alone."""
     plan = _SCALES[scale]
     task = tasks.make(plan.task)
-    family = _family(task, plan, seed)
+    device = "cuda" if scale == "gpu" and torch.cuda.is_available() else "cpu"
+    family = _family(task, plan, seed).to(device)
     kept = None if out is None else out / "ofa" / f"{scale}-{seed}"
     largest = _largest(family, task, plan, seed, kept)
     ordered = shrunk(largest, task, plan, DIMENSIONS, seed, kept)
     turned = shrunk(largest, task, plan, DIMENSIONS[::-1], seed, kept)
-    chosen = _subnets(family, plan, seed)
-    scores = {
-        name: scored(net, task, chosen, seed)
-        for name, net in (("sliced", largest), ("shrunk", ordered), ("reversed", turned))
-    }
+    chosen, full = _subnets(family, plan, seed), [family.uniform(1.0)]
+    nets = {"sliced": largest, "shrunk": ordered, "reversed": turned}
+    scores = {name: scored(net, task, chosen, seed) for name, net in nets.items()}
+    whole = {name: scored(net, task, full, seed)[0] for name, net in nets.items()}
     alone = _alone(family, task, plan, chosen[: plan.alone], seed)
     return {
         "subnets": [c.to_json() for c in chosen],
         "accuracy": {**scores, "alone": alone},
-        "check": verdict(scores, alone, scored(ordered, task, [family.uniform(1.0)], seed)[0]),
+        "check": {**verdict(scores, alone), "largest": whole},
     }
 
 
@@ -180,14 +183,19 @@ def _alone(
     family: MobileNet, task: Task, plan: Plan, chosen: Sequence[Candidate], seed: int
 ) -> list[float]:
     """Test accuracy of the same networks, each trained from nothing with the largest's recipe."""
-    threads = torch.get_num_threads()
-    own = mixed(seed, _ALONE)
-    estimator = Trained(family, task, _training(plan), own, "test", threads)
-    return [float(v) for v in estimator.estimate(chosen)["accuracy"]]
+    found = []
+    for place, candidate in enumerate(chosen):
+        own = mixed(seed, _ALONE, place)
+        with global_seed(own):
+            network = family.build(candidate).to(device_of(family))
+        fit(network, task, _training(plan), own)
+        found.append(evaluate(network, task, "test")["accuracy"])
+    return found
 
 
-def verdict(scores: dict[str, list[float]], alone: list[float], largest: float) -> dict[str, Any]:
-    """Means of test accuracy, and whether they are as published."""
+def verdict(scores: dict[str, list[float]], alone: list[float]) -> dict[str, Any]:
+    """Means of test accuracy, and whether they are as published; networks trained alone are the
+    first of those scored."""
     mean = {name: float(np.mean(values)) for name, values in scores.items()}
     gap = float(np.mean(scores["shrunk"][: len(alone)]) - np.mean(alone))
     above = mean["shrunk"] - mean["sliced"]
@@ -195,7 +203,6 @@ def verdict(scores: dict[str, list[float]], alone: list[float], largest: float) 
         "mean": mean,
         "spread": {name: float(np.std(values)) for name, values in scores.items()},
         "alone": float(np.mean(alone)),
-        "largest": largest,
         "shrunk_less_alone": gap,
         "shrunk_less_sliced": above,
         "shrunk_less_reversed": mean["shrunk"] - mean["reversed"],
@@ -232,8 +239,15 @@ a smaller expansion keeps, are the most important.
 Scored are random subnets with the shared weights as they are, only their batch-norm statistics set
 from training images. The same networks trained alone take the largest's epochs and learning rate.
 
-What differs from the paper: small images and few epochs; the activation is ReLU; widths of stages
-are fixed as published, sizes are ours. The search that specialises a subnet for a device is not part
-of this check: `espalier.search` does it on any family.
+Shrinking takes 2.3 times the epochs of the largest, as published, and the check hangs on that: the
+networks trained alone get the largest's epochs only. With 20 epochs for these and 10 for shrinking,
+subnets stayed 3.5 points behind them (one seed, validation images), and networks alone that train for
+20 epochs are better than subnets of a network that had 8 and 18.
+
+What differs from the paper: small images and few epochs; the activation is ReLU; shrinking keeps the
+largest's learning rate at the cpu scale, where it has few steps. Widths of stages are fixed, as
+published; sizes are ours. The teacher sees images at full resolution where resolution is elastic. The
+search that specialises a subnet for a device is not part of this check: `espalier.search` does it on
+any family.
 """,
 )

@@ -27,20 +27,21 @@ from espalier.train import checkpoint as checkpoints
 def group(backend: str | None = None) -> Iterator[int]:
     """The processes that torchrun started, as one group; gives this one's rank.
 
-    `backend`: "gloo" for processors, "nccl" for GPUs, of which each local rank then takes its own;
-    by default what suits the machine. Without torchrun it gives 0 and does nothing.
+    `backend` is torch's: by default gloo for what is on processors, and NCCL for what is on GPUs,
+    of which each process on a machine takes its own. Without torchrun it gives 0 and does nothing.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         yield rank()
         return
-    if torch.cuda.is_available() and backend != "gloo":
+    if backend is None:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "nccl" in backend:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = backend or "nccl"
     store, own, size = next(iter(distributed.rendezvous("env://")))
     # torchrun keeps its store when it starts processes anew: addresses of the dead are in it
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     apart = distributed.PrefixStore(f"espalier-{attempt}", store)
-    distributed.init_process_group(backend or "gloo", store=apart, rank=own, world_size=size)
+    distributed.init_process_group(backend, store=apart, rank=own, world_size=size)
     try:
         yield own
         distributed.barrier()  # who is done first waits, or the others see a closed connection
