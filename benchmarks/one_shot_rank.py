@@ -41,6 +41,8 @@ METHODS = (
     "blocks_at_once",
     "split_by_gradients",
     "split_at_random",
+    "close_late",
+    "one_block_split",
 )
 PLAN = replace(one_shot.PLANS["cpu"], passes=6000)
 

@@ -114,6 +114,10 @@ def _blocks(plan: Plan, task: Task, blocks: int) -> CLOSENet:
     return CLOSENet(task.shape, task.classes, plan.channels, plan.cells, blocks)
 
 
+def _one_block(plan: Plan, task: Task) -> CLOSENet:
+    return _blocks(plan, task, 1)
+
+
 def _plain(paths: Callable[[], Paths]) -> Callable[[Plan, Task], tuple[nn.Module, Paths]]:
     return lambda plan, task: (_whole(plan, task), paths())
 
@@ -126,9 +130,11 @@ def _close(blocks: int, at: tuple[float, ...]) -> Callable[[Plan, Task], tuple[n
     return make
 
 
-def _few(by: Any, at: float) -> Callable[[Plan, Task], tuple[nn.Module, Paths]]:
+def _few(
+    by: Any, at: float, whole: Callable[[Plan, Task], nn.Module] = _whole
+) -> Callable[[Plan, Task], tuple[nn.Module, Paths]]:
     def make(plan: Plan, task: Task) -> tuple[nn.Module, Paths]:
-        few = FewShot(_whole(plan, task))
+        few = FewShot(whole(plan, task))
         return few, Splitting(few, task, by, at, plan.matching, plan.batch)
 
     return make
@@ -141,9 +147,11 @@ METHODS: Mapping[str, Method] = {
     "uniform_longer": Method(_plain(Uniform), more=1.5),
     "one_block": Method(_close(1, ())),
     "close": Method(_close(4, (0.2, 0.4, 0.6))),
+    "close_late": Method(_close(3, (0.5, 0.75))),
     "blocks_at_once": Method(_close(4, (0.0, 0.0, 0.0))),
     "split_by_gradients": Method(_few("gradients", 0.5), matched=True),
     "split_at_random": Method(_few("random", 0.5)),
+    "one_block_split": Method(_few("gradients", 0.5, _one_block), matched=True),
 }
 
 

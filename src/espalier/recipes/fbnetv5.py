@@ -240,10 +240,10 @@ RECIPE = Recipe(
     "searched for another task in at least 2 of 3 pairs.",
     run=run,
     text="""
-In each step three networks are drawn from the mean of the three distributions and run on one batch;
-each gives the losses of all three tasks. The weights learn from their sum. Each distribution takes a
-step towards networks whose loss on its own task was below the mean of the three, weighted by how
-much more often it would have drawn them than the mixture did. So a further task costs its head and
+In each step three networks are drawn, one from each distribution, and run on one batch; each gives
+the losses of all three tasks. The weights learn from their sum. Each distribution takes a step
+towards networks whose loss on its own task was below the mean of the three, weighted by how much
+likelier it finds them than the mean of the distributions does. So a further task costs its head and
 nothing else. Distributions rest for the first quarter of the search.
 
 The cost is the processor's time of an epoch, median over the epochs of either search.
