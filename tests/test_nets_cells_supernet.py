@@ -325,6 +325,42 @@ def test_partial_channels_give_no_network() -> None:
     assert len(EDGES) * 3 + 4 == len(small().units())
 
 
+def kept(net: NB201Supernet, x: Tensor) -> int:
+    """Bytes that a forward pass keeps for backward, the parameters aside."""
+    found = {}
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = (tensor, storage.nbytes())  # held, so that none is reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = net(x)
+    assert out.requires_grad
+    return sum(size for _, size in found.values())
+
+
+def test_hard_weights_and_gates_keep_what_one_path_keeps() -> None:
+    net, x = small(channels=8), torch.randn(32, 3, 8, 8)
+    for operator in ("nor_conv_1x1", "nor_conv_3x3"):
+        candidate = SPACE.candidate(dict.fromkeys(SPACE.names, operator))
+        net.activate(candidate)
+        path = kept(net, x)
+        hard = one_hot(candidate, grad=True)
+        net.mix(hard)
+        assert kept(net, x) <= 1.02 * path
+        net.mix({n: Gates(w, ((int(w.argmax()) + 1) % 5,)) for n, w in hard.items()})
+        assert kept(net, x) <= 1.3 * path
+    net.mix(mixture(0))
+    every = kept(net, x)
+    assert every > 1.5 * path
+    quarter = small(channels=8, partial=4)
+    quarter.mix(mixture(0))
+    assert kept(quarter, x) <= 0.6 * every
+
+
 # --- the space of DARTS --------------------------------------------------------------------------
 
 

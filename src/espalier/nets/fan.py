@@ -98,9 +98,6 @@ class Fan(nn.Module):
         """`skip_connect` and `avg_pool_3x3`."""
         on = {e: [k for k in (SKIP, POOL) if k in running[e]] for e in range(self.edges)}
         on = {e: kinds for e, kinds in on.items() if kinds}
-        read = {SKIP: x}
-        if any(POOL in kinds for kinds in on.values()):
-            read[POOL] = pooled(x)
         shared = weights is not None and weights.dim() == 2
         if shared and any(len(kinds) > 1 for kinds in on.values()):
             assert weights is not None
@@ -108,15 +105,18 @@ class Fan(nn.Module):
                 weights[list(on)][:, [SKIP, POOL]],
                 torch.eye(self.channels, device=x.device, dtype=weights.dtype),
             )
-            both = torch.cat([read[SKIP], read[POOL]], 1)
+            both = torch.cat([x, pooled(x)], 1)
             total.add(tuple(on), F.conv2d(both, spread[:, :, None, None].to(x.dtype)))
             return
+        plain_pool = pooled(x) if weights is None and [POOL] in on.values() else None
         for edge, kinds in on.items():
             for kind in kinds:
                 weight = _of(weights, (edge,), kind)
-                if weight is not None:
-                    weight = weight.reshape(-1, 1, 1, 1).to(x.dtype)
-                total.add((edge,), read[kind] if weight is None else read[kind] * weight)
+                if weight is None:
+                    total.add((edge,), x if plain_pool is None or kind == SKIP else plain_pool)
+                    continue
+                weight = weight.reshape(-1, 1, 1, 1).to(x.dtype)
+                total.add((edge,), x * weight if kind == SKIP else pooled(x, weight))
 
 
 class _Total:
@@ -202,22 +202,45 @@ def _put_back(
         norm.running_mean[there], norm.running_var[there] = mean[here], var[here]
 
 
-def pooled(x: Tensor) -> Tensor:
-    """3x3 averages of what is inside the image, stride 1: `avg_pool2d(x, 3, 1, 1, False, False)`."""
-    out: Tensor = _Pooled.apply(x)  # type: ignore[no-untyped-call]
+def pooled(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """3x3 averages of what is inside the image, stride 1: `avg_pool2d(x, 3, 1, 1, False, False)`.
+
+    Times `weight`, one number or one a sample, shape `(1 or b, 1, 1, 1)`.
+    """
+    out: Tensor = _Pooled.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Pooled(torch.autograd.Function):
-    """Keeps nothing: the gradient is the same filter, the border set right before it."""
+    """The gradient is the same filter, the border set right before it.
+
+    Without a weight nothing is kept for it; with one the input, which the fan's other edges keep too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _border(_box(x))
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        out = _border(_box(x))
+        if weight is None:
+            return out
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return out.mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _box(_border(grads[0].clone(memory_format=torch.channels_last)))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), to_x, to_weight = grads, None, None
+        saved: Any = ctx.saved_tensors or (None, None)
+        x, weight = saved
+        if ctx.needs_input_grad[1]:
+            dims = (0, 1, 2, 3) if len(weight) == 1 else (1, 2, 3)
+            out = _border(_box(x))
+            to_weight = (grad * out).sum(dims, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            scaled = (
+                grad.clone(memory_format=torch.channels_last) if weight is None else grad * weight
+            )
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
+            to_x = _box(_border(scaled))
+        return to_x, to_weight
 
 
 def _box(x: Tensor) -> Tensor:
