@@ -13,10 +13,13 @@ from espalier.nets.hybrid import Hybrid
 from espalier.testing.family import check_family
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 17, 13)], ids=str)
-@pytest.mark.parametrize("family", [HierarchicalViT, Hybrid])
-def test_they_conform_for_images_of_even_and_odd_sides(family, shape):
-    check_family(family(shape, 7, depth=(1, 2)), seed=3)
+def test_transformers_conform_also_where_sides_are_odd():
+    options = {"widths": [(8, 12), (12, 16)], "heads": [(1, 2), 2], "depth": (1, 2)}
+    check_family(HierarchicalViT((2, 9, 7), 5, **options, ratio=(0.5, 2), patch=2), seed=3)
+
+
+def test_hybrids_conform():
+    check_family(Hybrid((1, 8, 8), 5, depth=(1, 2), expansion=(1, 1.5), heads=2), seed=3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 32, 32), (1, 70, 9)], ids=str)

@@ -111,12 +111,12 @@ def test_one_pass_has_the_gradients_of_each_subnet_on_its_share(few):
 
 def test_all_subnets_learn_together(few):
     net = small(few)
-    recipe = Recipe(epochs=12, batch=32, lr=0.1, precision="fp32")
+    recipe = Recipe(epochs=8, batch=32, lr=0.1, precision="fp32")
     train.train_supernet(net, few, recipe, 0, paths=Together(4))
     assert net.active == net.uniform(1.0)
     for candidate in net.space.decode(net.space.sample(4, np.random.default_rng(1))):
         net.activate(candidate)
-        assert train.evaluate(net, few, "validation")["accuracy"] > 0.6
+        assert train.evaluate(net, few, "validation")["accuracy"] > 0.5
 
 
 def test_only_wanted_candidates_are_drawn(few):
@@ -161,7 +161,7 @@ def test_a_generator_refuses_what_has_no_options():
 def test_the_generator_meets_targets():
     space = Space([ordinal(f"d{i}", *range(i % 2 + 2)) for i in range(8)])
     price = summed(space)
-    trained = Shifting(space, price, Shift(warmup=120), seed=0)
+    trained = Shifting(space, price, Shift(warmup=80), seed=0)
     assert (trained.scale.low, trained.scale.high) == (100, 220)
     raw = Shifting(space, price, Shift(warmup=0), seed=0)
     targets = torch.linspace(0.1, 0.95, 9)

@@ -40,13 +40,14 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(
-        "digits:train=200,validation=150,test=150",
+        "digits:train=128,validation=100,test=100",
         2,
-        100,
-        2.0,
+        60,
+        1.6,
         depth=(1, 2),
         expansion=(1, 2),
-        calibration=64,
+        widths=((8,), (8, 16), (16, 32)),
+        calibration=32,
     ),
     "cpu": Plan(
         "cifar10:size=16,train=2000,validation=600,test=2000",
