@@ -156,6 +156,27 @@ def test_terms_of_a_search_with_two_copies_are_told_of_its_last_epoch(digits, in
     assert told == [0, 0, 1, 1]  # once a step
 
 
+def test_an_expected_cost_knows_what_is_not_relaxed(digits):
+    torch.manual_seed(0)
+    net = DARTSCells(SHAPE, 10, channels=4, cells=3, nodes=2)
+    expected = expected_cost(net, price)
+    assert "normal.node3.inputs" in expected.names
+    term = ExpectedCost(expected, name="params")
+    settings = Settings(epochs=1, batch=64, arch_lr=1e-9, precision="fp32")
+    found = relax(net, digits, terms=[term], settings=settings)
+    even = {n: torch.full((net.space[n].count,), 1 / net.space[n].count) for n in expected.names}
+    assert found.history[0]["terms"]["params"] == pytest.approx(float(expected(even)), rel=1e-2)
+
+    net = MultiPath(SHAPE, 10, kernels=(3,), expansions=(1, 4), depth=1)
+    expected, first = expected_cost(net, price), net.mixable[0]
+    net.activate(net.uniform(0.0))  # the others stay there
+    settings = Settings(epochs=1, batch=64, arch_lr=1e-9, precision="fp32")
+    found = relax(net, digits, terms=[ExpectedCost(expected)], names=[first], settings=settings)
+    ends = [expected.at({**net.uniform(0.0), first: o}) for o in net.space[first].options]
+    told = found.history[0]["terms"]["cost"]
+    assert told == pytest.approx(sum(ends) / len(ends), rel=1e-2)
+
+
 class Bent(nn.Module):
     def forward(self, x):
         return torch.tanh(x)

@@ -13,12 +13,13 @@ from espalier.errors import SpaceError
 from espalier.solvers.relax.moment import Moment, Phase
 from espalier.solvers.relax.problem import Part, Wanted
 from espalier.solvers.relax.relaxation import Logits, Relaxation
+from espalier.solvers.relax.scope import base_of, held_of
 from espalier.solvers.relax.settings import Settings
 from espalier.solvers.relax.terms import Term, TermState
 from espalier.solvers.relax.thresholds import architecture_parameters
 from espalier.tasks import Task
 from espalier.train import checkpoint
-from espalier.train.loop import channels_last
+from espalier.train.loop import channels_last, device_of
 from espalier.train.precision import Format, autocast
 from espalier.train.seeds import generator
 
@@ -113,6 +114,8 @@ class NetworkProblem:
             weight_decay=settings.arch_decay,
             fused=True,
         )
+        names = relaxation.probabilities(logits).keys()
+        self.held = held_of(supernet, names, base_of(supernet), device_of(supernet))
         self.added: dict[str, list[Tensor]] = {}  # what terms added to losses, since cleared
         self._twins: list[NetworkProblem] = []
         self._at = (0, 0, 0.0)  # epoch, step, progress
@@ -148,7 +151,7 @@ class NetworkProblem:
             return loss
         with torch.set_grad_enabled(wanted != "weights"):
             chances = self.relaxation.probabilities(self.logits)
-        state = TermState(self.supernet, x, y, outputs, loss, mixture, chances, self.run)
+        state = TermState(self.supernet, x, y, outputs, loss, mixture, chances, self.run, self.held)
         total = loss
         for term in applying:
             added = term.added(moment, state)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from espalier.errors import SpaceError, unknown
-from espalier.space import Candidate
+from espalier.space import Candidate, Option, Real
 
 
 def names_of(supernet: Any, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -33,10 +35,37 @@ def _without_topology(supernet: Any, names: Sequence[str]) -> tuple[str, ...]:
 
     All edges of a node are mixed, as DARTS does, and `Magnitude` finds the strongest.
     """
-    space = supernet.space
-    edges = {edge for join in supernet.joins.values() for edge in join}
-    decide = {parent for edge in edges if edge in space for parent in space[edge].when}
+    decide = _topology(supernet, supernet.space.names)
     return tuple(name for name in names if name not in decide)
+
+
+def _topology(supernet: Any, mixed: Collection[str]) -> set[str]:
+    """The decisions that say which of some mixed edges meet in a node."""
+    space = supernet.space
+    edges = {edge for join in supernet.joins.values() for edge in join if edge in mixed}
+    return {parent for edge in edges if edge in space for parent in space[edge].when}
+
+
+def held_of(
+    supernet: Any, names: Collection[str], base: Mapping[str, Option], device: torch.device
+) -> dict[str, Tensor]:
+    """Probabilities `(options,)` of the decisions that are not relaxed, for terms that want them.
+
+    1 at the option of `base`, at the last where it has none. Decisions on which edges meet in a node
+    are even, as all its edges run.
+    """
+    topology, out = _topology(supernet, names), {}
+    for decision in supernet.space.decisions:
+        if decision.name in names or isinstance(decision, Real):
+            continue
+        chances = torch.zeros(decision.count, device=device)
+        if decision.name in topology:
+            chances.fill_(1 / decision.count)
+        else:
+            held = base.get(decision.name)
+            chances[-1 if held is None else int(decision.code(held))] = 1.0
+        out[decision.name] = chances
+    return out
 
 
 def base_of(supernet: Any) -> Candidate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -34,6 +34,7 @@ class TermState:
     mixture: Mixture  # what ran
     probabilities: Mapping[str, Tensor]  # differentiable in architecture steps
     run: Callable[[nn.Module, Tensor], Tensor]  # a module on inputs in this search's precision
+    held: Mapping[str, Tensor] = field(default_factory=dict)  # chances of what is not relaxed
 
 
 class Term(ABC):
@@ -76,7 +77,9 @@ class ExpectedCost(Term):
     linear: E / target (ProxylessNAS, Cai et al., 2019); log: log(E / target) (Single-Path NAS,
     Stamoulis et al., 2019); hinge: max(0, E / target - 1); product: the task's loss is multiplied by
     coefficient * log(E / target)^power, where E / target must stay above 1 (FBNet, Wu et al., 2019).
-    `of` "mixture" reads the weights that ran (FBNet) instead of the probabilities.
+    `of` "mixture" reads the weights that ran (FBNet) instead of the probabilities. Decisions that are
+    not relaxed and that `expected.names` has count as they are held; which edges meet in a node, as
+    even chances.
     """
 
     on: On = "architecture"
@@ -105,7 +108,8 @@ class ExpectedCost(Term):
     def __call__(self, moment: Moment, state: TermState) -> Tensor:
         """The cost in its form; for a product its factor, without the coefficient."""
         read = state.probabilities if self.of == "probabilities" else _plain(state.mixture)
-        cost = self.expected(read)
+        wanted = getattr(self.expected, "names", ())
+        cost = self.expected({**{n: state.held[n] for n in wanted if n in state.held}, **read})
         share = cost if self.target is None else cost / self.target
         if self.form == "linear":
             return share
