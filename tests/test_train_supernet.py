@@ -125,3 +125,11 @@ def test_a_stopped_training_resumes_to_the_same_bits(few, tmp_path, monkeypatch)
             train.train_supernet(parts, few, recipe, 1, checkpoint=path, progress=stop)
     assert train.train_supernet(fresh, few, recipe, 1, checkpoint=path) == expected
     assert same(fresh, whole)
+
+
+def test_the_sandwich_is_the_default(few):
+    default, given = small(few), small(few)
+    history = train.train_supernet(default, few, Recipe(epochs=1), 2, random_subnets=2)
+    paths = train.Sandwich(2)
+    assert train.train_supernet(given, few, Recipe(epochs=1), 2, paths=paths) == history
+    assert same(default, given)
