@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.errors import SpaceError
-from espalier.nets.darts_cells import OPERATORS as DARTS_OPERATORS
-from espalier.nets.darts_cells import DARTSCells, HalfStep
+from espalier.nets.darts_cells import DARTSCells
+from espalier.nets.darts_nodes import OPERATORS as DARTS_OPERATORS
+from espalier.nets.darts_nodes import HalfStep
 from espalier.nets.elastic.mixing import Gates
 from espalier.nets.fan import Fan, pooled
 from espalier.nets.nb201 import EDGES, NB201, OPERATORS, SPACE, _operator
