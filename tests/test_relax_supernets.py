@@ -23,6 +23,7 @@ from espalier.solvers.relax import (
     Magnitude,
     Moment,
     Rarts,
+    Sampled,
     SelectionState,
     Settings,
     SingleLevel,
@@ -124,6 +125,25 @@ def test_the_edges_of_darts_cells_are_the_strongest(digits):
         weakest = strong.index(min(strong))
         assert edges[weakest] not in found.candidate
         assert set(edges) - {edges[weakest]} <= set(found.candidate)
+
+
+def test_sampled_candidates_run_without_the_edges_that_they_have_not(digits):
+    torch.manual_seed(0)
+    net = DARTSCells(SHAPE, 10, channels=4, cells=3, nodes=2)
+    settings = Settings(epochs=1, batch=64, precision="fp32")
+    picked, ran = Sampled(n=1, epochs=1), set()
+
+    def select(state: SelectionState):
+        for cell in net.cells:
+            for node in (2, 3):
+                for origin in range(node):
+                    edge = f"{cell.kind}.op_{node}_{origin}"
+                    module = cell.get_submodule(f"node{node}.{origin}")
+                    module.register_forward_pre_hook(lambda *_, edge=edge: ran.add(edge))
+        return picked(state)
+
+    found = relax(net, digits, selection=select, settings=settings)
+    assert ran == {name for name in found.candidate if not name.endswith("inputs")}
 
 
 def test_multipath_blocks_are_searched_under_an_expected_cost(digits):

@@ -48,13 +48,9 @@ class Sampled(Selection):
         shared = {name: t.detach().clone() for name, t in module.state_dict().items()}
         self.log.clear()
         for candidate in found:
-            weights = {
-                name: state.one_hot(name, _code(space, name, candidate))
-                for name in state.probabilities
-            }
             if self.epochs:
-                state.tune(weights, self.epochs)
-            accuracy = state.evaluate(weights)
+                state.tune(candidate, self.epochs)
+            accuracy = state.evaluate(candidate)
             module.load_state_dict(shared)
             self.log.append({"candidate": candidate.to_json(), "accuracy": accuracy})
         return found[int(np.argmax([row["accuracy"] for row in self.log]))]
@@ -81,8 +77,3 @@ def drawn(
         if len(found) == n:
             break
     return list(found.values())
-
-
-def _code(space: Space, name: str, candidate: Candidate) -> int:
-    """The option that a candidate has; the first one where it has no such decision."""
-    return int(space[name].code(candidate[name])) if name in candidate else 0

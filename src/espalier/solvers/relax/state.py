@@ -86,10 +86,7 @@ class SelectionState:
         """
         calibrating, inputs, targets = self._data(images, split)
         device = device_of(self.supernet)
-        if isinstance(weights, Candidate):
-            self.supernet.activate(weights)
-        else:
-            self.supernet.mix(_fixed(weights, device))
+        self._run(weights)
         with statistics_kept(self.supernet), autocast(self.precision, device.type):
             set_statistics(self.supernet, calibrating)
             with evaluating(self.supernet), torch.inference_mode():
@@ -98,8 +95,16 @@ class SelectionState:
         found = self.task.measure(torch.cat(outputs), targets)[metric.name]
         return found if metric.goal == "max" else -found
 
-    def tune(self, weights: Mixture, epochs: float = 1, lr: float | None = None) -> None:
-        """Trains the shared weights under a fixed mixture on their part of train.
+    def _run(self, weights: Mixture | Candidate) -> None:
+        if isinstance(weights, Candidate):
+            self.supernet.activate(weights)
+        else:
+            self.supernet.mix(_fixed(weights, device_of(self.supernet)))
+
+    def tune(
+        self, weights: Mixture | Candidate, epochs: float = 1, lr: float | None = None
+    ) -> None:
+        """Trains the shared weights under a fixed mixture or candidate on their part of train.
 
         Parts of an epoch are allowed. The rate is constant: `lr`, or a tenth of the search's, as
         DARTS-PT does (Wang et al., 2021).
@@ -112,7 +117,7 @@ class SelectionState:
         device = device_of(self.supernet)
         size = self.weights_task.size("train")
         left = max(1, round(epochs * size / chosen.batch))
-        self.supernet.mix(_fixed(weights, device))
+        self._run(weights)
         self.supernet.train()
         for x, y in self._passes():
             with autocast(self.precision, device.type):
