@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -157,6 +158,34 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(search, tmp_path):
     assert found.monitor == wanted.monitor
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_no_mixture_stays_when_a_search_ends_early():
+    def kill(done, of, text):
+        raise Killed
+
+    net, x = tiny(), torch.randn(3, 1, 8, 8)
+    with pytest.raises(Killed):
+        relax(net, digits(), settings=QUICK, progress=kill)
+    left = net.eval()(x)
+    net.activate(net.active)
+    assert torch.equal(left, net(x))
+
+
+def test_a_selection_that_tunes_gives_the_same_whatever_was_drawn_before():
+    ends = []
+
+    def select(state):
+        state.tune(state.base)
+        ends.append(state.supernet.head[2].weight.detach().clone())
+        return state.base
+
+    for before in (1, 2):
+        net = tiny()
+        net.head.insert(1, nn.Dropout(0.5))
+        torch.manual_seed(before)
+        relax(net, digits(), settings=replace(QUICK, epochs=1), selection=select)
+    assert torch.equal(*ends)
 
 
 def test_a_checkpoint_of_another_search_is_refused(tmp_path):

@@ -75,8 +75,13 @@ def relax(
         seed,
         names,
     )
-    search.train(stop_when_collapsed, checkpoint, progress)
-    return search.finish(selection or Magnitude())
+    try:
+        search.train(stop_when_collapsed, checkpoint, progress)
+        with global_seed(seed, _GLOBAL):
+            return search.finish(selection or Magnitude())
+    except BaseException:
+        supernet.activate(search.base)  # no mixture of a search that ended early stays
+        raise
 
 
 class _Search:
