@@ -49,8 +49,8 @@ _SCALES = {
         "digits:train=512,validation=200,test=400",
         {"stem": 4, "widths": (8, 8, 12), "depth": (1, 2), "kernel": (3, 5), "expansion": (1, 2)}
         | {"head": 16},
-        largest_epochs=6,
-        shrink_epochs={"kernel": 1, "depth": 1, "expansion": 2},
+        largest_epochs=5,
+        shrink_epochs={"kernel": 3, "depth": 4, "expansion": 5},
         subnets=6,
         alone=1,
     ),
