@@ -188,6 +188,29 @@ def test_a_selection_that_tunes_gives_the_same_whatever_was_drawn_before():
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize(
+    ("rule", "precision", "wanted"),
+    [
+        (FirstOrder(), "auto", "bf16"),
+        (SecondOrder(), "auto", "fp32"),
+        (SecondOrder(), "bf16", "bf16"),
+    ],
+    ids=str,
+)
+def test_differences_of_gradients_are_taken_in_full_precision(monkeypatch, rule, precision, wanted):
+    monkeypatch.setattr("espalier.train.precision._computes_bf16", lambda device: True)
+    seen = []
+    settings = Settings(epochs=1, batch=150, precision=precision)
+    relax(
+        tiny(),
+        digits(),
+        rule=rule,
+        settings=settings,
+        selection=lambda state: seen.append(state.precision) or state.base,
+    )
+    assert seen == [wanted]
+
+
 def test_a_checkpoint_of_another_search_is_refused(tmp_path):
     path = tmp_path / "search.safetensors"
     settings = Settings(epochs=1, batch=50, precision="fp32")

@@ -110,7 +110,7 @@ class _Search:
         if rule.splits:
             first, second = halves(task, settings.arch_share, seed)
             parts = {"train": first, "validation": second}
-        self.parts = parts
+        self.parts, auto = parts, settings.precision == "auto"
         self.problem = NetworkProblem(
             supernet,
             task,
@@ -120,7 +120,7 @@ class _Search:
             settings,
             Feed(parts, settings, seed, device),
             seed,
-            resolve(settings.precision, device.type),
+            "fp32" if rule.fine and auto else resolve(settings.precision, device.type),
             rule.splits,
         )
         self.empty = without_weights(supernet, self.names)
