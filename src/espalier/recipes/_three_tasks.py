@@ -242,5 +242,6 @@ class _Box(_Head):
         self.linear = nn.Linear(4 * width * (SIDE // 4) ** 2, 4)
 
     def forward(self, one: Tensor, two: Tensor, three: Tensor) -> Tensor:
-        out: Tensor = self.linear(three.flatten(1))
+        # many positive features: at their own size a step of the linear layer goes too far
+        out: Tensor = self.linear(three.flatten(1) / self.linear.in_features**0.5)
         return out
