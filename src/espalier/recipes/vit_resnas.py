@@ -261,6 +261,9 @@ equal processor time with the second, the cheapest way here: sizes are slices, a
 subnet takes less time. The paper masks in either case, so that a step costs the same with one
 subnet and with several; that comparison is "equal steps".
 
+Reductions are told apart by networks of fixed sizes in five stages (8x8 images, two pixels a token,
+down to one token), with one and with six blocks a stage, trained alike from the same seed.
+
 Differs from the paper: sizes are made for small images; SGD; sampling is not restricted to subnets
 near the budget (`Together(wanted=...)` can be), and the network found is not trained anew.
 """,
