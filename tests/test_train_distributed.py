@@ -17,6 +17,7 @@ from espalier.errors import EspalierError
 from espalier.nets import elastic
 from espalier.space import choice, ordinal
 from espalier.train import Recipe, Uniform, distributed
+from espalier.train.shift import Shift, Shifting
 
 RECIPE = Recipe(epochs=2, batch=33, lr=0.1, precision="fp32", augment=True)
 
@@ -55,6 +56,11 @@ def alone(data):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, data.classes))
 
 
+def steps_up(weights):
+    """A price: 1, and 1 for each step from an option to the next."""
+    return 1 + sum(rows @ torch.arange(float(rows.shape[1])) for rows in weights.values())
+
+
 def made(make, data, seed):
     torch.manual_seed(seed)
     return make(data)
@@ -87,6 +93,10 @@ def worker(folder: Path, attempt: int) -> None:
             net = made(alone, data, rank)
             train.fit(net, data, RECIPE, 0)
             save(net, folder / f"alone-{rank}.safetensors")
+            net = made(plain, data, 0)
+            paths = Shifting(net.space, steps_up, Shift(bins=2, every=1, warmup=2))
+            train.train_supernet(net, data, RECIPE, 0, paths=paths)
+            save(paths.generator, folder / f"generator-{rank}.safetensors")
 
         def die(epoch: int, step: int) -> None:
             if attempt == 0 and (epoch, step) == (1, 1) and rank == 1:
@@ -114,7 +124,7 @@ def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pytest.mark.parametrize("name", ["plain", "convolutional", "alone", "resumed"])
+@pytest.mark.parametrize("name", ["plain", "convolutional", "alone", "generator", "resumed"])
 def test_processes_end_with_equal_weights(folder, name):
     first, second = (load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1))
     assert equal(first, second)

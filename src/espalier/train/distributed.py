@@ -112,14 +112,15 @@ def mean(values: Tensor) -> Tensor:
 def average_buffers(module: nn.Module) -> None:
     """Makes batch-norm statistics, which each rank has of its own rows, their mean."""
     buffers = [b for b in module.buffers() if b.is_floating_point()]
-    if ranks() == 1 or not buffers:
+    if ranks() == 1:
         return
-    flat = torch.cat([b.reshape(-1).float() for b in buffers]) / ranks()
-    sizes = [b.numel() for b in buffers]
-    distributed.all_reduce(flat)
-    with torch.no_grad():
-        for buffer, found in zip(buffers, torch.split(flat, sizes), strict=True):
-            buffer.copy_(found.view_as(buffer))
+    for device in dict.fromkeys(b.device for b in buffers):  # those of a sampler may be elsewhere
+        own = [b for b in buffers if b.device == device]
+        flat = torch.cat([b.reshape(-1).float() for b in own]) / ranks()
+        distributed.all_reduce(flat)
+        with torch.no_grad():
+            for buffer, found in zip(own, torch.split(flat, [b.numel() for b in own]), strict=True):
+                buffer.copy_(found.view_as(buffer))
 
 
 def read(path: Path, device: torch.device) -> checkpoints.Saved | None:

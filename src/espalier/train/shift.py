@@ -23,6 +23,7 @@ from torch import Tensor
 
 from espalier.errors import EspalierError
 from espalier.space import Candidate, Space
+from espalier.train import distributed
 from espalier.train.generator import Generator, Price
 from espalier.train.loop import device_of
 from espalier.train.memory import Memory
@@ -194,8 +195,10 @@ class Shifting(Paths):
         return [Written(choices, extra)]
 
     def learned(self, step: int, losses: Sequence[float]) -> None:
-        """The generator takes its step; the loss is noted with the bin."""
+        """The generator takes its step, the same on all processes; the loss is noted with the bin."""
         self.module.note(self._bin, losses[0] - self._extra)
+        learned = list(self.generator.parameters())
+        distributed.combine(learned, 0.0, 1 / distributed.ranks())
         self.module.step()
         self.module.keep()
 
