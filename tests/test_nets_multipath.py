@@ -23,7 +23,7 @@ def params(network):
 @pytest.mark.parametrize(
     "family",
     [
-        MultiPath((1, 6, 6), 3, (3, 5), (2, 3), **SMALL),
+        MultiPath((1, 6, 6), 3, (3, 5), (2,), **SMALL),
         Superkernel((1, 6, 6), 3, (3, 5), (2, 3), **SMALL),
     ],
     ids=lambda family: family.name,
