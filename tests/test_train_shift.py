@@ -10,7 +10,7 @@ from torch.nn import functional
 from espalier import tasks, train
 from espalier.errors import EspalierError, SpaceError
 from espalier.nets.hierarchical import HierarchicalViT
-from espalier.space import Space, choice, integer, ordinal, real
+from espalier.space import Forbid, Space, choice, integer, ordinal, real
 from espalier.train import Recipe, loop
 from espalier.train.generator import Generator, openness, straight
 from espalier.train.onehot import candidates, one_hot, shares
@@ -117,6 +117,19 @@ def test_all_subnets_learn_together(few):
     for candidate in net.space.decode(net.space.sample(4, np.random.default_rng(1))):
         net.activate(candidate)
         assert train.evaluate(net, few, "validation")["accuracy"] > 0.5
+
+
+def test_no_mixture_stays_where_the_largest_is_refused(few):
+    net = small(few)
+    most = {d.name: d.options[-1] for d in net.space.decisions}
+    net.constraints = (Forbid(most),)
+    net._forget()
+    train.train_supernet(net, few, Recipe(epochs=1, batch=64), 0, paths=Together(4))
+    assert net.active is not None
+    x = torch.randn(3, *few.shape)  # of another size than what was mixed
+    left = net(x)
+    net.activate(net.active)
+    assert torch.equal(left, net(x))
 
 
 def test_only_wanted_candidates_are_drawn(few):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ def train_supernet(
     """Trains shared weights in place; gives a row an epoch (epoch, loss, lr).
 
     `supernet` is an `nn.Module` with `.space` and `.activate(candidate)`; it is left with its
-    largest candidate active. `paths` says what runs in each step, by default
+    largest candidate active, or one near it where constraints refuse that. `paths` says what runs in each step, by default
     `Sandwich(random_subnets)`. The loss is that of the pass that teaches, the largest in a
     sandwich; the mean over all passes, where none does. With a `teacher`, a network on the same
     device, passes that learn from a teacher learn from its outputs.
@@ -78,8 +79,9 @@ def train_supernet(
         trained, task, recipe, seed, epoch_of, settings, checkpoint, progress, after_step
     )
     largest = space.corner(last=True)
-    if space.valid(largest)[0]:
-        shared.activate(space.decode(largest)[0])
+    if not space.valid(largest)[0]:
+        largest = space.repair(largest, np.random.default_rng(0))
+    shared.activate(space.decode(largest)[0])
     return history
 
 
