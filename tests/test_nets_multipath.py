@@ -9,7 +9,8 @@ import torch
 from espalier import nets
 from espalier.errors import SpaceError
 from espalier.nets.multipath import MultiPath
-from espalier.nets.superkernel import AWAY, SLOPE, START, Superkernel
+from espalier.nets.share import AWAY, SLOPE, START
+from espalier.nets.superkernel import Superkernel
 from espalier.solvers.relax.expected import counted, expected_cost
 from espalier.testing.family import check_family
 
