@@ -53,8 +53,8 @@ of the ordinary supernet does, and the gate's share, which is small. `blocks_at_
 blocks from the start: what it lacks is the curriculum.
 
 What differs from the paper: the supernet is small and trained for minutes, on part of the images;
-the learning rate does not restart when a block comes; the gate is trained by the same optimiser as
-the weights; batch norms keep statistics of each edge, and they are set for each cell before it is
+the learning rate does not restart when a block comes; the gate's logits are centred over the edges
+of a cell and brought to one spread, so that a fresh gate tells edges apart; batch norms keep statistics of each edge, and they are set for each cell before it is
 scored, where the paper takes those of the batch.
 """,
 )
