@@ -257,6 +257,18 @@ class Counted(nn.Module):
         return self.inner(x)
 
 
+def test_a_sample_without_any_weight_gives_nothing_and_finite_gradients():
+    layer = elastic.LayerNorm(esp.ordinal("width", 2, 4))
+    weights = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]], requires_grad=True)
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    layer.mix({"width": weights})
+    out = layer(x)
+    assert not out[1].any()
+    (out * torch.randn_like(out)).sum().backward()
+    assert torch.isfinite(weights.grad).all()
+    assert torch.isfinite(x.grad).all()
+
+
 def alternatives(count, channels=4):
     decision = esp.choice("op", *range(count))
     ops = {

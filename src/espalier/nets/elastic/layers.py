@@ -240,7 +240,7 @@ class LayerNorm(Elastic, nn.LayerNorm):
         x = x.to(scale.dtype)  # statistics of halves would be poor: see torch's own under autocast
         mask = aligned(width.mask(), x, -1)
         # statistics over the channels that there are, each as much as there is of it
-        total = mask.sum(-1, keepdim=True)
+        total = mask.sum(-1, keepdim=True).clamp_min(self.eps)  # of none, 0 and not 0 / 0
         mean = (x * mask).sum(-1, keepdim=True) / total
         var = ((x - mean).square() * mask).sum(-1, keepdim=True) / total
         return ((x - mean) * (var + self.eps).rsqrt() * scale + shift) * mask
