@@ -222,8 +222,9 @@ def check_one_hot(family: Supernet, candidate: Candidate, seed: int = 0) -> None
             got = mixed.train(mode)(inputs)
         worst = float((expected - got).abs().max()) / max(1.0, float(expected.abs().max()))
         assert worst <= 1e-5, f"{candidate}: one-hot and active differ by {worst:.2g}"
+    after = mixed.state_dict()
     for name, value in active.state_dict().items():
-        same = torch.allclose(value, mixed.state_dict()[name], atol=1e-5)
+        same = torch.allclose(value, after[name], atol=1e-5)
         assert same, f"{candidate}: a one-hot mixture changes {name} otherwise than what is active"
     other = family.uniform(0.0)
     active.activate(other)
