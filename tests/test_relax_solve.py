@@ -37,6 +37,7 @@ from espalier.solvers.relax import (
 from espalier.solvers.relax.collapse import without_weights
 from espalier.space import Candidate
 from espalier.train.loop import Diverged
+from espalier.train.schedules import linear
 
 OPERATORS = ("skip", "blind", "conv")
 
@@ -338,6 +339,38 @@ def test_settings_out_of_range_are_refused():
     for bad in ({"epochs": 0}, {"arch_share": 1.0}, {"lr_min": 1.0}, {"precision": "fp8"}):
         with pytest.raises(EspalierError, match=next(iter(bad))):
             Settings(**bad)
+
+
+@pytest.mark.parametrize(
+    ("slots", "text"),
+    [
+        ({"relaxation": Gumbel}, "relaxation of relax takes objects such as Softmax"),
+        ({"rule": "rarts"}, "rule of relax"),
+        ({"terms": [lambda moment, state: 0.0]}, "terms of relax"),
+        ({"selection": Magnitude}, "selection of relax"),
+        ({"selection": "magnitude"}, "selection of relax"),
+        ({"settings": {"epochs": 1}}, "settings of relax"),
+        ({"relaxation": Softmax(linear(1, -1))}, "temperature must stay above 0, at 50%"),
+        ({"relaxation": Gumbel(0.0)}, "temperature must stay above 0, at 0%"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_slots_that_make_no_sense_are_refused_at_once(slots, text):
+    def told(done, of, line):
+        raise AssertionError("the search has begun")
+
+    progress = told if "of relax" in text else None
+    with pytest.raises(EspalierError, match=text):
+        relax(tiny(), digits(), **{"settings": QUICK, "progress": progress, **slots})
+
+
+def test_what_can_not_be_relaxed_is_refused():
+    with pytest.raises(SpaceError, match="needs a supernet that can run mixtures, got Linear"):
+        relax(nn.Linear(2, 2), digits(), settings=QUICK)
+    with pytest.raises(EspalierError, match="epsilon above 0"):
+        SecondOrder(epsilon=0.0)
+    with pytest.raises(EspalierError, match="pull from 0"):
+        Rarts(pull=-1.0)
 
 
 def test_every_name_of_the_package_is_there():

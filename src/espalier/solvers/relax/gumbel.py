@@ -9,6 +9,7 @@ from torch import Tensor
 
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.relaxation import Logits, Relaxation
+from espalier.solvers.relax.softmax import heat_of
 from espalier.train.schedules import Schedule, scheduled
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Gumbel(Relaxation):
         """One sample for each decision; without noise where a moment has no generator."""
         if moment.generator is None:
             return dict(self.probabilities(logits))
-        heat = self.temperature(moment.progress)
+        heat = heat_of(self.temperature, moment)
         noise = _noise(logits, moment.generator)
         out = {}
         for (name, found), drawn in zip(logits.items(), noise, strict=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from espalier.errors import EspalierError
 from espalier.solvers.relax.problem import Part, Problem
 
 
@@ -97,6 +98,13 @@ class SecondOrder(Rule):
     rate: float | None = None
     epsilon: float = 0.01
 
+    def __post_init__(self) -> None:
+        if self.epsilon <= 0 or (self.rate is not None and self.rate < 0):
+            raise EspalierError(
+                "SecondOrder takes an epsilon above 0 and a rate from 0, got "
+                f"{self.epsilon!r} and {self.rate!r}"
+            )
+
     def step(self, problem: Problem, architecture: bool) -> Losses:
         """Five forward and backward passes."""
         found = self._architecture(problem) if architecture else None
@@ -139,6 +147,10 @@ class Rarts(Rule):
     """
 
     def __init__(self, share: float = 1.0, pull: float = 1.0, in_turn: bool = True) -> None:
+        if share <= 0 or pull < 0:
+            raise EspalierError(
+                f"Rarts takes a share above 0 and a pull from 0, got {share!r} and {pull!r}"
+            )
         self.share, self.pull, self.in_turn = share, pull, in_turn
         self._twin: Problem | None = None
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from espalier.errors import SpaceError
+from espalier.errors import EspalierError, SpaceError
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.relaxation import Logits, Relaxation
 from espalier.train.schedules import Schedule, scheduled
@@ -23,10 +23,20 @@ class Softmax(Relaxation):
 
     def weights(self, logits: Logits, moment: Moment) -> Mixture:
         """Softmax of each decision's logits, at the temperature of the moment."""
-        heat = self.temperature(moment.progress)
+        heat = heat_of(self.temperature, moment)
         if heat == 1:
             return {name: torch.softmax(found, 0) for name, found in logits.items()}
         return {name: torch.softmax(found / heat, 0) for name, found in logits.items()}
+
+
+def heat_of(temperature: Schedule, moment: Moment) -> float:
+    """The temperature of a moment. Errors: `EspalierError` where it is not above 0."""
+    heat = temperature(moment.progress)
+    if not heat > 0:
+        raise EspalierError(
+            f"a temperature must stay above 0, at {moment.progress:.0%} of the search it is {heat:g}"
+        )
+    return heat
 
 
 class MaxWeight(Relaxation):

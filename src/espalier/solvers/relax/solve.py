@@ -22,6 +22,7 @@ from espalier.solvers.relax.rules import FirstOrder, Rule
 from espalier.solvers.relax.scope import base_of, names_of
 from espalier.solvers.relax.selection import Magnitude
 from espalier.solvers.relax.settings import Settings
+from espalier.solvers.relax.slots import check_slots
 from espalier.solvers.relax.softmax import Softmax
 from espalier.solvers.relax.state import SelectionState, statistics_kept
 from espalier.solvers.relax.terms import Term, entropy
@@ -65,20 +66,27 @@ def relax(
     Errors: `SpaceError` for a decision that can't be mixed; `Diverged` when a loss is NaN;
     `StudyError` for a checkpoint of another search.
     """
+    relaxation, rule, settings = (
+        relaxation or Softmax(),
+        rule or FirstOrder(),
+        settings or Settings(),
+    )
+    selection = selection or Magnitude()
+    check_slots(supernet, relaxation, rule, terms, selection, settings)
     search = _Search(
         supernet,
         task,
-        relaxation or Softmax(),
-        rule or FirstOrder(),
+        relaxation,
+        rule,
         tuple(terms),
-        settings or Settings(),
+        settings,
         seed,
         names,
     )
     try:
         search.train(stop_when_collapsed, checkpoint, progress)
         with global_seed(seed, _GLOBAL):
-            return search.finish(selection or Magnitude())
+            return search.finish(selection)
     except BaseException:
         supernet.activate(search.base)  # no mixture of a search that ended early stays
         raise
