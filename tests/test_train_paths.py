@@ -116,6 +116,21 @@ def test_a_part_that_is_not_one(part, text):
         restricted(SPACE, part)
 
 
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Stage({}, subnets=0), "whole number from 1, got 0"),
+        (lambda: Stage({}, learn_from="none"), "learn_from is one of labels, teacher, both"),
+        (lambda: Uniform(learn_from="me"), "learn_from is one of labels, teacher, both"),
+        (lambda: Shrinking(({"*": 1},)), "a calendar is one Stage or more"),
+        (lambda: Shrinking(()), "a calendar is one Stage or more"),
+    ],
+)
+def test_a_calendar_that_is_none_is_refused_when_it_is_made(make, text):
+    with pytest.raises(EspalierError, match=text):
+        make()
+
+
 def test_within_runs_another_sampler_on_a_part():
     steps = drawn(Within({"width": (8, 16)}, Fair()))
     assert all(len(step) == 3 for step in steps)  # the most options are the kernel's now

@@ -143,6 +143,8 @@ def test_only_wanted_candidates_are_drawn(few):
         drawn(space, 8, rng, lambda codes: np.zeros(len(codes), bool))
     with pytest.raises(EspalierError, match="subnets is a whole number"):
         Together(0)
+    with pytest.raises(SpaceError, match="'rate' is a real decision"):
+        Together(2).begin(Space([real("rate", 0, 1)]), 0, 1, 2, 0)
 
 
 # --- the generator -----------------------------------------------------------------------------

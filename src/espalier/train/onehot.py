@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from espalier.space import Candidate, Space
+from espalier.errors import SpaceError
+from espalier.space import Candidate, Real, Space
 
 
 def one_hot(space: Space, chosen: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Candidates as rows `{decision: (n, options)}`; what is inactive is at its last option.
 
-    Errors: `SpaceError` for an option that its decision does not have.
+    Errors: `SpaceError` for an option that its decision does not have, and for a real decision.
     """
     out = {}
     for decision in space.decisions:
+        if isinstance(decision, Real):
+            raise SpaceError(
+                f"{decision.name!r} is a real decision, which has no options to mix: give it options"
+            )
         last = decision.options[-1]
         codes = [int(decision.code(c.get(decision.name, last))) for c in chosen]
         out[decision.name] = functional.one_hot(torch.tensor(codes), decision.count).float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,9 @@ class Uniform(Paths):
 
     def __post_init__(self) -> None:
         _at_least("paths", self.paths, 1)
+        if self.learn_from not in get_args(Lesson):
+            known = ", ".join(get_args(Lesson))
+            raise EspalierError(f"learn_from is one of {known}, got {self.learn_from!r}")
 
     def begin(self, space: Space, epoch: int, epochs: int, steps: int, seed: int) -> None:
         """Draws all candidates of the epoch."""

@@ -136,6 +136,7 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.share > 0:
             raise EspalierError(f"the share of a stage must be above 0, got {self.share!r}")
+        Uniform(self.subnets, self.learn_from)  # now, and not once the stages before have run
 
 
 @dataclass
@@ -153,8 +154,8 @@ class Shrinking(Paths):
 
     def __post_init__(self) -> None:
         self.stages = tuple(self.stages)
-        if not self.stages:
-            raise EspalierError("a calendar needs at least one stage, got none")
+        if not self.stages or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise EspalierError(f"a calendar is one Stage or more, got {list(self.stages)}")
 
     def begin(self, space: Space, epoch: int, epochs: int, steps: int, seed: int) -> None:
         """Draws the epoch's candidates from the part of its stage."""
