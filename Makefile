@@ -43,6 +43,7 @@ format: setup
 	$(BIN)/ruff check --fix src tests benchmarks docs/examples
 
 docs: setup
+	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/catalogue.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

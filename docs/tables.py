@@ -1,0 +1,144 @@
+"""Fills the tables of benchmarks.md from benchmarks/results: run before building the site.
+
+What stands between `<!-- table: NAME -->` and `<!-- end -->` is written anew by the function of that
+name; a table whose results are not there is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = Path(__file__).parent / "benchmarks.md"
+TITLES = {
+    "nb201:dataset=cifar10": "NAS-Bench-201, CIFAR-10",
+    "nb201:dataset=cifar100": "NAS-Bench-201, CIFAR-100",
+    "nb_macro": "NAS-Bench-Macro",
+}
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}"
+
+
+def strategies_quality(found: dict[str, Any]) -> str:
+    """Mean regret of every strategy on every table, best at the last budget first."""
+    budgets = [str(b) for b in (25, 50, 100, 150, 300)]
+    parts = []
+    for name, part in found["tables"].items():
+        rows = {n: r for n, r in part["strategies"].items() if "budgets" in r}
+
+        def last(item: tuple[str, Any]) -> tuple[float, ...]:
+            # runs that were shorter stand behind, by what they reached
+            means = [item[1]["budgets"].get(b, {"mean": float("inf")})["mean"] for b in budgets]
+            return tuple(reversed(means))
+
+        lines = []
+        for n, r in sorted(rows.items(), key=last):
+            cells = [f"{r['budgets'][b]['mean']:.2f}" if b in r["budgets"] else "" for b in budgets]
+            best = r["queries_to_best"]["median"]
+            lines.append([n, r["seeds"], *cells, best if best else "not found"])
+        head = ["strategy", "seeds", *budgets, "queries to the best, median"]
+        parts.append(f"**{TITLES[name]}**\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def strategies_speed(found: dict[str, Any]) -> str:
+    """Processor milliseconds a candidate, and what a trial on record costs."""
+    asked = found["ask_and_tell_ms"]
+    columns = ("nb201, batch 1", "nb201, batch 20", "twenty, batch 1", "twenty, batch 20")
+    head = ["strategy", "NAS-Bench-201's space, one at a time", "20 at a time",
+            "20 decisions, one at a time", "20 at a time"]  # fmt: skip
+    lines = [
+        [n, *(number(asked[c][n]["cpu_ms"]) if n in asked[c] else "" for c in columns)]
+        for n in asked[columns[0]]
+    ]
+    trials = [[n, r["cpu_ms"], r["wall_ms"]] for n, r in found["records"].items()]
+    head_trials = ["a trial on record", "processor ms", "wall ms"]
+    runs = [
+        [n, number(r["cpu_seconds"]), number(r["wall_seconds"])]
+        for n, r in found["regularised_evolution_100_runs_of_300"].items()
+    ]
+    head_runs = ["100 runs of 300 queries of regularised evolution", "processor s", "wall s"]
+    return "\n\n".join((table(head, lines), table(head_trials, trials), table(head_runs, runs)))
+
+
+def predictors(found: dict[str, Any]) -> str:
+    """Kendall's tau by the number of labels."""
+    parts = []
+    for name, part in found["tables"].items():
+        sizes = ["10", "20", "50", "78", "156", "500"]
+        lines = [
+            [n, *(f"{r['tau'][s]:.3f}" if s in r["tau"] else "" for s in sizes)]
+            for n, r in part.items()
+        ]
+        parts.append(f"**{TITLES[name]}**\n\n{table(['predictor', *sizes], lines)}")
+    return "\n\n".join(parts)
+
+
+def one_shot_rank(found: dict[str, Any]) -> str:
+    """Kendall's tau of one-shot estimates by how weights are shared, best first."""
+    lines = [
+        [
+            n,
+            r["seeds"],
+            f"{r['tau_test']:.3f} ({r['tau_test_sd']:.3f})",
+            f"{r['tau_validation']:.3f} ({r['tau_validation_sd']:.3f})",
+            round(r["steps"]),
+            round(r["seconds"]),
+        ]
+        for n, r in found["summary"].items()
+    ]
+    head = ["sharing", "seeds", "tau, test (sd)", "tau, validation (sd)", "steps", "processor s"]
+    return table(head, lines)
+
+
+def recipes(_: dict[str, Any]) -> str:
+    """How often each recipe's check held."""
+    lines = []
+    for path in sorted(RESULTS.glob("recipe_*.json")):
+        found = json.loads(path.read_text())
+        name = found["recipe"]
+        held = f"{found['held']} of {found['judged']}" if found["judged"] else "not judged"
+        lines.append([f"[{name}](recipes/{name}.md)", found["scale"], held])
+    return table(["recipe", "scale", "the check held for"], lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "strategies_quality": ("strategies_quality.json", strategies_quality),
+    "strategies_speed": ("strategies_speed.json", strategies_speed),
+    "predictors": ("predictors.json", predictors),
+    "one_shot_rank": ("one_shot_rank.json", one_shot_rank),
+    "recipes": ("", recipes),
+}
+
+
+def filled(text: str) -> str:
+    """The page with its tables written anew. Errors: `KeyError` for a table without a function."""
+
+    def fill(match: re.Match[str]) -> str:
+        file, write = TABLES[match[2]]
+        path = RESULTS / file
+        if not path.exists():
+            return match[0]
+        found = {} if path.is_dir() else json.loads(path.read_text())
+        return f"{match[1]}\n{write(found)}\n\n{match[3]}"
+
+    return _MARKED.sub(fill, text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))
