@@ -364,9 +364,15 @@ def test_slots_that_make_no_sense_are_refused_at_once(slots, text):
         relax(tiny(), digits(), **{"settings": QUICK, "progress": progress, **slots})
 
 
-def test_what_can_not_be_relaxed_is_refused():
+def test_what_can_not_be_relaxed_is_refused(monkeypatch):
     with pytest.raises(SpaceError, match="needs a supernet that can run mixtures, got Linear"):
         relax(nn.Linear(2, 2), digits(), settings=QUICK)
+    with pytest.raises(EspalierError, match="stop_when_collapsed is 1 or more"):
+        relax(tiny(), digits(), stop_when_collapsed=0)
+    with monkeypatch.context() as several:
+        several.setattr("espalier.train.distributed.ranks", lambda: 2)
+        with pytest.raises(EspalierError, match="in one process, and 2 are in the group"):
+            relax(tiny(), digits())
     with pytest.raises(EspalierError, match="epsilon above 0"):
         SecondOrder(epsilon=0.0)
     with pytest.raises(EspalierError, match="pull from 0"):

@@ -9,6 +9,7 @@ from espalier.solvers.relax.relaxation import Relaxation
 from espalier.solvers.relax.rules import Rule
 from espalier.solvers.relax.settings import Settings
 from espalier.solvers.relax.terms import Term
+from espalier.train import distributed
 
 
 def check_slots(
@@ -18,8 +19,14 @@ def check_slots(
     terms: Sequence[object],
     selection: object,
     settings: object,
+    collapsed: int | None,
 ) -> None:
     """Refuses what would fail only once the search has begun, or ended."""
+    if distributed.ranks() > 1:
+        raise EspalierError(
+            f"relax searches in one process, and {distributed.ranks()} are in the group: call it"
+            " outside of distributed.group()"
+        )
     if not all(
         hasattr(supernet, name) for name in ("space", "mixable", "joins", "mix", "activate")
     ):
@@ -39,3 +46,5 @@ def check_slots(
         wrong.append(("selection", selection, "Magnitude()"))
     for name, value, like in wrong:
         raise EspalierError(f"{name} of relax takes objects such as {like}, got {value!r}")
+    if collapsed is not None and collapsed < 1:
+        raise EspalierError(f"stop_when_collapsed is 1 or more, or None, got {collapsed!r}")

@@ -72,7 +72,7 @@ def relax(
         settings or Settings(),
     )
     selection = selection or Magnitude()
-    check_slots(supernet, relaxation, rule, terms, selection, settings)
+    check_slots(supernet, relaxation, rule, terms, selection, settings, stop_when_collapsed)
     search = _Search(
         supernet,
         task,
