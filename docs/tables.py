@@ -106,6 +106,42 @@ def one_shot_rank(found: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def supernet_speed(found: dict[str, Any]) -> str:
+    """Times faster than the fastest peer, by the wall's clock and by the processor's."""
+    parts = []
+    for threads, part in found["threads"].items():
+        lines = []
+        for name, row in part["against_peers"].items():
+            peers = row["peers"].values()
+            lines.append(
+                [
+                    name,
+                    f"{row['least_times_faster']:.2f}",
+                    f"{min(p['times_less_cpu'] for p in peers):.2f}",
+                    f"{row['most_memory']:.2f}",
+                    row["goal"],
+                    "yes" if row["met"] else "no",
+                ]
+            )
+        head = ["step", "times faster, wall", "processor", "memory", "goal", "met (by the wall)"]
+        own = [
+            [
+                name,
+                *(f"{row[k]:.2f}" if k in row else "" for k in ("memory", "peak_mib", "seconds")),
+            ]
+            for name, row in part["of_espalier"].items()
+        ]
+        head_own = ["within Espalier", "memory", "peak memory", "time"]
+        title = f"**{threads} thread{'s' if threads != '1' else ''}, {found['rounds']} rounds**"
+        parts.append("\n\n".join((title, table(head, lines), table(head_own, own))))
+    return "\n\n".join(parts)
+
+
+def relax_quality(found: dict[str, Any]) -> str:
+    """The table that the benchmark wrote."""
+    return "\n".join(found["table"])
+
+
 def recipes(_: dict[str, Any]) -> str:
     """How often each recipe's check held."""
     lines = []
@@ -122,6 +158,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "strategies_speed": ("strategies_speed.json", strategies_speed),
     "predictors": ("predictors.json", predictors),
     "one_shot_rank": ("one_shot_rank.json", one_shot_rank),
+    "supernet_speed": ("supernet_speed.json", supernet_speed),
+    "relax_quality": ("relax_quality.json", relax_quality),
     "recipes": ("", recipes),
 }
 
