@@ -212,6 +212,36 @@ def test_differences_of_gradients_are_taken_in_full_precision(monkeypatch, rule,
     assert seen == [wanted]
 
 
+def test_a_step_ahead_and_its_differences_are_of_one_sample_and_one_loss():
+    told, terms = [], []
+
+    class Watched(Gumbel):
+        def weights(self, logits, moment):
+            if moment.generator is not None:
+                told.append(moment.generator.initial_seed())
+            return super().weights(logits, moment)
+
+    class Noted(Entropy):
+        on = "weights"
+
+        def __call__(self, moment, state):
+            terms.append(len(told))
+            return super().__call__(moment, state)
+
+    settings = Settings(epochs=1, batch=200, precision="fp32")
+    relax(
+        tiny(),
+        digits(),
+        relaxation=Watched(),
+        rule=SecondOrder(),
+        terms=[Noted()],
+        settings=settings,
+    )
+    ahead, validation, plus, minus, own = told
+    assert ahead == validation == plus == minus != own
+    assert terms == [1, 3, 4, 5]  # on every loss of train
+
+
 def test_a_checkpoint_of_another_search_is_refused(tmp_path):
     path = tmp_path / "search.safetensors"
     settings = Settings(epochs=1, batch=50, precision="fp32")

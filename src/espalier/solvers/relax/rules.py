@@ -129,7 +129,7 @@ class SecondOrder(Rule):
             _put(weights, saved)
             with torch.no_grad():
                 torch._foreach_add_(weights, of_weights, alpha=sign * step)
-            sides.append(gradients(problem.loss("train", "architecture"), logits))
+            sides.append(gradients(problem.loss("train", "both"), logits))
         _put(weights, saved)
         for logit, own, plus, minus in zip(logits, of_logits, *sides, strict=True):
             logit.grad = own - rate * (plus - minus) / (2 * step)
@@ -231,7 +231,8 @@ def _weights_step(problem: Problem) -> Tensor:
 def _direction(problem: Problem, weights: list[Tensor]) -> list[Tensor]:
     """What SGD would step along: gradient, decay and momentum."""
     group, state = problem.optimiser.param_groups[0], problem.optimiser.state
-    found = gradients(problem.loss("train", "weights"), weights)
+    # "both", as its differences are taken: of one sample of the mixture, with the terms on weights
+    found = gradients(problem.loss("train", "both"), weights)
     decay, momentum = group.get("weight_decay", 0.0), group.get("momentum", 0.0)
     out = []
     for weight, gradient in zip(weights, found, strict=True):
