@@ -201,6 +201,7 @@ def test_a_split_is_made_once_and_estimates_come_from_the_parts(few):
     assert net.divided
     assert paths.found is not None
     assert set(paths.found.distances) == set(net.space.names)
+    assert (net.split.decision, net.split.groups) == (paths.found.decision, paths.found.groups)
     one, two = (p.stem.conv.weight for p in net.parts)
     assert not torch.equal(one, two)
     candidates = list(net.space.decode(net.space.sample(6, np.random.default_rng(2))))
@@ -244,6 +245,12 @@ def test_a_stopped_training_resumes_to_the_same_bits(few, tmp_path, monkeypatch,
     last, paths = make(few)
     found = train.train_supernet(last, few, recipe, 1, paths=paths, checkpoint=path)
     assert found == expected
+    if make is by_gradients:
+        split, again = whole.split, paths.found  # of a training that was divided before it stopped
+        assert split is not None
+        assert again is not None
+        assert (again.decision, again.groups) == (split.decision, split.groups)
+        assert by_gradients(few)[0].split is None
     left, right = last.state_dict(), whole.state_dict()
     assert all(torch.equal(left[name], right[name]) for name in left)
 

@@ -56,6 +56,21 @@ class FewShot(nn.Module):
         """Whether there are two supernets yet."""
         return int(self.column) >= 0
 
+    @property
+    def split(self) -> Split | None:
+        """What was divided, without the distances that said so; None before."""
+        if not self.divided:
+            return None
+        decision = self.space.decisions[int(self.column)]
+        sides = self.sides.tolist()
+        first, second = (
+            tuple(
+                option for option in decision.options if sides[int(decision.code(option))] == side
+            )
+            for side in (0, 1)
+        )
+        return Split(decision.name, (first, second))
+
     def divide(self, split: Split) -> None:
         """Two supernets from now on, the second with copies of the weights of the first."""
         if self.divided:
@@ -96,7 +111,8 @@ class Splitting(Paths):
     """The paths of another sampler on a `FewShot`, which is divided after a share `at` of training.
 
     `by`: "gradients", measured on `batches` batches of `batch` images, or "random", which is what
-    gradients have to beat. `found` is the split once it is done.
+    gradients have to beat. `found` is the split once it is done, without its distances where a training
+    was resumed after it.
     """
 
     few: FewShot
@@ -128,6 +144,8 @@ class Splitting(Paths):
                 found = distances(self.few, self.task, self.batches, self.batch, seed)
                 self.found = best_split(space, found)
             self.few.divide(self.found)
+        elif self.found is None:  # a training that goes on after the split
+            self.found = self.few.split
         self.paths.begin(space, epoch, epochs, steps, seed)
 
     def __call__(self, step: int) -> Sequence[Pass]:
