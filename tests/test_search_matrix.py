@@ -60,11 +60,19 @@ def family(name: str) -> esp.Family:
     return esp.nets.make(name, task().shape, task().classes)
 
 
-@pytest.mark.parametrize("strategy", list(strategies.STRATEGIES))
+KINDS = ("trained", "one-shot")
+WITH_ALL = (
+    "mobilenet",
+    "resnet",
+)  # every strategy; the other families, which take longer, with one
+PAIRS = [("perceptron", "trained"), *((name, kind) for name in WITH_ALL for kind in KINDS)]
+OTHERS = [(name, kind) for name in sorted(set(FAMILIES) - set(WITH_ALL)) for kind in KINDS]
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("perceptron", "trained")]
-    + [(name, kind) for name in FAMILIES for kind in ("trained", "one-shot")],
+    ("strategy", "name", "kind"),
+    [(strategy, *pair) for strategy in strategies.STRATEGIES for pair in PAIRS]
+    + [("evolution", *pair) for pair in OTHERS],
 )
 def test_every_strategy_estimator_and_family(strategy: str, name: str, kind: str) -> None:
     made = family(name)
