@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, SCALES, Method, compared, searched
-from espalier.solvers.relax import FirstOrder, Magnitude, SecondOrder, Softmax
+from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, searched
+from espalier.solvers.relax import FirstOrder, SecondOrder, Softmax
 
 DARTS = Method(
     "darts",
     lambda setting: {
         "relaxation": Softmax(),
         "rule": FirstOrder(),
-        "selection": Magnitude(),
+        "selection": DERIVED,
     },
 )
 SECOND = Method("darts-2nd", lambda setting: {**DARTS.slots(setting), "rule": SecondOrder()})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from espalier.recipes import Recipe
 from espalier.recipes._nb201 import (
     ABOUT,
+    DERIVED,
     SCALES,
     Method,
     Setting,
@@ -19,7 +20,7 @@ from espalier.recipes._nb201 import (
     searched,
 )
 from espalier.recipes.darts import DARTS
-from espalier.solvers.relax import Magnitude, Perturbation, Settings
+from espalier.solvers.relax import Perturbation, Settings
 
 if TYPE_CHECKING:
     from espalier.solvers.relax import SelectionState
@@ -37,7 +38,7 @@ class Both:
     found: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, state: SelectionState) -> Candidate:
-        by_magnitude = Magnitude()(state)
+        by_magnitude = DERIVED(state)
         chosen: Candidate = self.perturbation(state)
         self.found = {
             "magnitude": answer(by_magnitude, self.setting),

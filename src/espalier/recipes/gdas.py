@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, SCALES, Method, compared, lower, searched
+from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
 from espalier.recipes.darts import DARTS
-from espalier.solvers.relax import FirstOrder, Gumbel, Magnitude
+from espalier.solvers.relax import FirstOrder, Gumbel
 from espalier.train.schedules import linear
 
 GDAS = Method(
@@ -16,7 +16,7 @@ GDAS = Method(
     lambda setting: {
         "relaxation": Gumbel(temperature=linear(10.0, 0.1), hard=True),
         "rule": FirstOrder(),
-        "selection": Magnitude(),
+        "selection": DERIVED,
     },
 )
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, SCALES, Method, compared, lower, searched
+from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
 from espalier.recipes._nb201_steps import bytes_kept, step_seconds
 from espalier.recipes.darts import DARTS
-from espalier.solvers.relax import EdgeNormalised, FirstOrder, Magnitude, Settings
+from espalier.solvers.relax import EdgeNormalised, FirstOrder, Settings
 
 SHARE = 4  # one channel in so many is mixed
 _FROZEN = 0.3  # share of the epochs with the architecture frozen: 15 of 50 as published
@@ -30,7 +30,7 @@ PC_DARTS = Method(
     lambda setting: {
         "relaxation": EdgeNormalised(),
         "rule": FirstOrder(),
-        "selection": Magnitude(),
+        "selection": DERIVED,
     },
     settings=settings,
     partial=SHARE,

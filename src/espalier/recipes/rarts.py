@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, SCALES, Method, compared, lower, searched
+from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
 from espalier.recipes.darts import DARTS
-from espalier.solvers.relax import FirstOrder, Magnitude, Rarts, Softmax
+from espalier.solvers.relax import FirstOrder, Rarts, Softmax
 from espalier.solvers.relax.problem import Part, Wanted
 from espalier.solvers.relax.rules import Rule
 
@@ -20,7 +20,7 @@ RARTS = Method(
     lambda setting: {
         "relaxation": Softmax(),
         "rule": Rarts(in_turn=False),  # two passes a step, as first-order DARTS
-        "selection": Magnitude(),
+        "selection": DERIVED,
     },
 )
 _TIME = 1.5  # of first-order DARTS, at most
