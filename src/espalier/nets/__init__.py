@@ -78,19 +78,27 @@ from espalier.nets.units import Unit
 
 if TYPE_CHECKING:
     from espalier.nets.darts_cells import DARTSCells as DARTSCells
+    from espalier.nets.hierarchical import HierarchicalViT as HierarchicalViT
+    from espalier.nets.hybrid import Hybrid as Hybrid
     from espalier.nets.macro import NBMacro as NBMacro
     from espalier.nets.mobilenet import MobileNet as MobileNet
+    from espalier.nets.multipath import MultiPath as MultiPath
     from espalier.nets.nb201 import NB201 as NB201
     from espalier.nets.nb201_supernet import NB201Supernet as NB201Supernet
     from espalier.nets.resnet import ResNet as ResNet
+    from espalier.nets.superkernel import Superkernel as Superkernel
 
 _LAZY = {
     "DARTSCells": "darts",
+    "HierarchicalViT": "hierarchical-vit",
+    "Hybrid": "hybrid",
     "MobileNet": "mobilenet",
+    "MultiPath": "multipath",
     "NB201": "nb201",
     "NB201Supernet": "nb201-supernet",
     "NBMacro": "nb_macro",
     "ResNet": "resnet",
+    "Superkernel": "superkernel",
 }
 
 __all__ = [
@@ -99,10 +107,14 @@ __all__ = [
     "NB201",
     "DARTSCells",
     "Family",
+    "HierarchicalViT",
+    "Hybrid",
     "MobileNet",
+    "MultiPath",
     "NB201Supernet",
     "NBMacro",
     "ResNet",
+    "Superkernel",
     "Supernet",
     "Unit",
     "elastic",

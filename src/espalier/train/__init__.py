@@ -5,20 +5,30 @@ from espalier.train.fit import fit
 from espalier.train.loop import Diverged, Progress
 from espalier.train.paths import Fair, Pass, Path, Paths, Sandwich, Uniform
 from espalier.train.recipe import Recipe
+from espalier.train.sharing import Curriculum
+from espalier.train.shift import Shift, Shifting
 from espalier.train.shrinking import Shrinking, Stage, Within
+from espalier.train.splitting import FewShot, Splitting
 from espalier.train.supernet import train_supernet
+from espalier.train.together import Together
 
 __all__ = [
+    "Curriculum",
     "Diverged",
     "Fair",
+    "FewShot",
     "Pass",
     "Path",
     "Paths",
     "Progress",
     "Recipe",
     "Sandwich",
+    "Shift",
+    "Shifting",
     "Shrinking",
+    "Splitting",
     "Stage",
+    "Together",
     "Uniform",
     "Within",
     "evaluate",
