@@ -303,3 +303,12 @@ def test_draws_are_those_of_the_space():
     steps = drawn(Uniform(1), epoch=3, seed=7, steps=5)
     codes = SPACE.sample(5, np.random.default_rng([7, 3, 3]))
     assert [s[0].candidate for s in steps] == SPACE.decode(codes)
+
+
+def test_cells_have_no_largest_to_teach_by() -> None:
+    from espalier.train.supernet import default_paths
+
+    cells = nets.make("nb201-supernet", (1, 8, 8), 10, channels=4, cells=1)
+    sizes = nets.make("mobilenet", (1, 8, 8), 10)
+    assert default_paths(cells, 1) == train.Uniform(3)
+    assert default_paths(sizes, 1) == train.Sandwich(1)

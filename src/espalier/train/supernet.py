@@ -24,7 +24,7 @@ from espalier.errors import EspalierError
 from espalier.space import Candidate, Space
 from espalier.tasks import Task
 from espalier.train import distributed, loop, losses
-from espalier.train.paths import Pass, Paths, Sandwich
+from espalier.train.paths import Pass, Paths, Sandwich, Uniform
 from espalier.train.precision import Format, autocast
 from espalier.train.recipe import Recipe
 
@@ -55,13 +55,13 @@ def train_supernet(
 
     `supernet` is an `nn.Module` with `.space` and `.activate(candidate)`; it is left with its
     largest candidate active, or one near it where constraints refuse that. `paths` says what runs in each step, by default
-    `Sandwich(random_subnets)`. The loss is that of the pass that teaches, the largest in a
+    `default_paths(supernet, random_subnets)`. The loss is that of the pass that teaches, the largest in a
     sandwich; the mean over all passes, where none does. With a `teacher`, a network on the same
     device, passes that learn from a teacher learn from its outputs.
     `after_step(epoch, step)` is called after each step of the optimiser.
     It computes on the device that the supernet is on. Checkpoints and errors are as in `fit`.
     """
-    chosen = Sandwich(random_subnets) if paths is None else paths
+    chosen = default_paths(supernet, random_subnets) if paths is None else paths
     shared: Shared = supernet
     space = shared.space
     trained = _together(supernet, chosen)
@@ -83,6 +83,13 @@ def train_supernet(
         largest = space.repair(largest, np.random.default_rng(0))
     shared.activate(space.decode(largest)[0])
     return history
+
+
+def default_paths(supernet: Any, random_subnets: int = 1) -> Paths:
+    """The sandwich rule; for cells, whose operators have no largest, as many uniform paths a step."""
+    if getattr(supernet, "joins", None):
+        return Uniform(2 + random_subnets)
+    return Sandwich(random_subnets)
 
 
 def _together(supernet: nn.Module, paths: Paths) -> nn.Module:
