@@ -103,6 +103,9 @@ def one_shot_rank(found: dict[str, Any]) -> str:
         for n, r in found["summary"].items()
     ]
     head = ["sharing", "seeds", "tau, test (sd)", "tau, validation (sd)", "steps", "processor s"]
+    lines.append(
+        ["multiply-accumulates, no training", "", f"{found['free']['macs']:.3f}", "", "", ""]
+    )
     return table(head, lines)
 
 
