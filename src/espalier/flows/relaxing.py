@@ -19,8 +19,8 @@ from espalier.flows.weights import derive
 from espalier.nets import Family, Supernet
 from espalier.problem import Limit
 from espalier.solvers.relax import ExpectedCost, Gumbel, Relaxed, Settings, relax
-from espalier.solvers.strategies.fresh import Seen
-from espalier.solvers.strategies.strategy import Array, Codes, Strategy
+from espalier.solvers.strategies.random import Random
+from espalier.solvers.strategies.strategy import Codes
 from espalier.space import Candidate, Space
 from espalier.train.schedules import exponential
 
@@ -126,15 +126,14 @@ def _largest(space: Space) -> Candidate:
     return space.decode(largest)[0]
 
 
-class Drawn(Strategy):
-    """Draws candidates from learned probabilities, the derived candidate first, none twice.
+class Drawn(Random):
+    """Random search that draws from learned probabilities, the derived candidate first, none twice.
 
     Decisions without probabilities are as in the derived candidate. Where draws give nothing new
     they get flatter, and in the end uniform. What it is told changes nothing.
     """
 
     name = "relax"
-    learns = False
 
     def __init__(
         self,
@@ -144,7 +143,6 @@ class Drawn(Strategy):
         first: Candidate,
     ) -> None:
         super().__init__(space, seed)
-        self._seen = Seen(space)
         self._first = np.asarray(space.encode([first]))
         chances = {name: np.asarray(p, dtype=np.float64) for name, p in probabilities.items()}
         self._chances = {space.names.index(name): p / p.sum() for name, p in chances.items()}
@@ -164,22 +162,3 @@ class Drawn(Strategy):
         codes = self.space.canonical(codes)
         codes = codes[self.space.valid(codes)]
         return codes if len(self._seen) else np.concatenate([self._first, codes])
-
-    def tell(self, codes: Codes, values: Array, violations: Array) -> None:
-        """Remembers that the rows are known."""
-        if len(codes):
-            self._seen.add(codes)
-
-    def state(self) -> dict[str, Any]:
-        """Everything drawn, and the generator, as plain JSON."""
-        return {
-            "strategy": self.name,
-            "seen": self._seen.to_json(),
-            "rng": self.rng.bit_generator.state,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on from `state()`."""
-        self.require_own(state)
-        self._seen = Seen.from_json(self.space, state["seen"])
-        self.rng.bit_generator.state = state["rng"]
