@@ -10,7 +10,6 @@ list of options with NASLib's own moves on it: draws, mutations of one option, a
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import random
 import sys
 import types
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from serve import serve_inside
+from serve import loaded, serve_inside
 
 # NASLib draws from numpy's global generator, and so do the moves here
 np_random = np.random.mtrand._rand
@@ -109,7 +108,7 @@ def enter(checkout: Path) -> None:
         package = types.ModuleType(f"naslib{name}")
         package.__path__ = [str(checkout / f"naslib{name}".replace(".", "/"))]
         sys.modules[f"naslib{name}"] = package
-    predictor = _load("naslib_predictor", checkout / "naslib/predictors/predictor.py")
+    predictor = loaded("naslib_predictor", checkout / "naslib/predictors/predictor.py")
     predictors = types.ModuleType("naslib.predictors")
     predictors.__path__ = [str(checkout / "naslib/predictors")]
     predictors.Predictor = predictor.Predictor  # type: ignore[attr-defined]
@@ -130,15 +129,6 @@ class _Meter:
     """Counts what the predictor reports; nothing reads it."""
 
     def update(self, *_: Any, **__: Any) -> None: ...
-
-
-def _load(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 CLASSES = {"re": "RegularizedEvolution", "ls": "LocalSearch", "bananas": "Bananas"}

@@ -7,11 +7,13 @@ the values, minimised, of the rows asked last. The answer is {"ask": [[codes], .
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -21,6 +23,16 @@ class Run(Protocol):
     def ask(self) -> list[list[int]]: ...
 
     def tell(self, values: list[list[float]]) -> None: ...
+
+
+def loaded(name: str, path: Path) -> Any:
+    """A module out of a file of a checkout, without the packages around it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Again(Exception):

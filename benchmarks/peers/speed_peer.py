@@ -7,7 +7,6 @@ the clock runs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from serve import loaded
 
 warnings.simplefilter("ignore")
 
@@ -164,12 +164,12 @@ def autodl_script(checkout: Path) -> Any:
         sys.modules[f"xautodl.{name}"] = stand_in
     models = types.ModuleType("xautodl.models")
     path = next(checkout.rglob("cell_searchs/genotypes.py"))
-    models.CellStructure = _loaded("genotypes", path).Structure  # type: ignore[attr-defined]
+    models.CellStructure = loaded("genotypes", path).Structure  # type: ignore[attr-defined]
     models.get_search_spaces = None  # type: ignore[attr-defined]
     bench = types.ModuleType("nats_bench")
     bench.create = None  # type: ignore[attr-defined]
     sys.modules.update({"xautodl.models": models, "nats_bench": bench})
-    return _loaded("regularized_ea", checkout / "exps" / "NATS-algos" / "regularized_ea.py")
+    return loaded("regularized_ea", checkout / "exps" / "NATS-algos" / "regularized_ea.py")
 
 
 def autodl_evolution(request: dict[str, Any]) -> dict[str, float]:
@@ -194,15 +194,6 @@ def autodl_evolution(request: dict[str, Any]) -> dict[str, float]:
             )
 
     return clocked(work)
-
-
-def _loaded(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def archai_run(request: dict[str, Any]) -> dict[str, float]:
