@@ -275,6 +275,29 @@ def test_a_limit_so_tight_that_random_search_finds_nothing(tmp_path: Path) -> No
     assert found.publish().exists()  # the report copes with a missing baseline
 
 
+@pytest.mark.parametrize("slow_calibrations", [1, 2])
+def test_a_limit_out_of_reach_is_refused_after_a_second_calibration_only(
+    slow_calibrations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the machine is slow every network seems to cost nearly as much as the largest."""
+    calibrate, made = esp.costs.PredictedLatency.calibrate, []
+
+    def sometimes_slow(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        table = calibrate(self, *args, **kwargs)
+        made.append(table["overhead_ms"])
+        slow = 1000.0 if len(made) <= slow_calibrations else 0.0
+        return {**table, "overhead_ms": table["overhead_ms"] + slow}
+
+    monkeypatch.setattr(esp.costs.PredictedLatency, "calibrate", sometimes_slow)
+    search = {"within": {"latency_ms": "95%"}, "out": tmp_path / "run"}
+    if slow_calibrations == 1:
+        assert tiny_search(**search).best.metrics["latency_ms"].value < 100
+    else:
+        with pytest.raises(BudgetError, match="smallest reachable"):
+            tiny_search(**search)
+    assert len(made) == 2
+
+
 def test_another_familys_study_is_not_reused(found: esp.Found, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="reuse"):
         esp.search("resnet", "digits", reuse=found.folder, out=tmp_path / "run")

@@ -127,7 +127,7 @@ def search(
 ) -> None:
     """Find the network that fits: search, train, measure, export, report.
 
-    Example: `espalier search --task digits --family mobilenet --max latency_ms=50% --max params=30k
+    Example: `espalier search --task digits --family mobilenet --max latency_ms=70% --max params=30k
     --budget 2min --workers 2 --out runs/digits`
     """
     hint = f" Go on with the same command and --resume (study: {out})." if out else ""

@@ -136,19 +136,10 @@ def _withdraw(folder: Path) -> None:
 
 
 def _run(job: Job, counts: Counts) -> Found:
-    study, show = job.study, job.show
     started = time.time()
     torch.manual_seed(job.seed)
     with _phase(job, "calibrate"):
-        show.phase("calibrating latency on this machine", 1)
-        fresh = PredictedLatency(job.family, job.runtime)
-        table = study.once(
-            "latency table", lambda: fresh.calibrate(seed=job.seed, progress=show.step)
-        )
-        job.predicted = PredictedLatency.from_json(job.family, job.runtime, table)
-        job.pricing = Pricing(job.family.space, [counts, job.predicted, *job.own_costs])
-        job.limits = resolve(job.limits, job.pricing)
-        check_reach(job.limits, job.pricing, job.family.name, job.seed)
+        _calibrate(job, counts)
         job.decide_plan()
     with _phase(job, "supernet"):
         job.train_shared()
@@ -163,6 +154,28 @@ def _run(job: Job, counts: Counts) -> Found:
         everyone = list(dict.fromkeys(itertools.chain(*chosen.values())))
         entries = finish(job, everyone)
     return Found.settle(job, chosen, entries, [*searched, *by_chance], time.time() - started)
+
+
+def _calibrate(job: Job, counts: Counts) -> None:
+    """Gives the job its prices and its limits in numbers.
+
+    A limit that no candidate seems to keep is refused only when a second calibration says so too:
+    one slow moment of the machine can make a share of the largest unreachable.
+    """
+    asked = job.limits
+    fresh = PredictedLatency(job.family, job.runtime)
+    for last, key in enumerate(("latency table", "latency table, again")):
+        again = " once more" if last else ""
+        job.show.phase(f"calibrating latency on this machine{again}", 1)
+        table = job.study.once(key, lambda: fresh.calibrate(seed=job.seed, progress=job.show.step))
+        job.predicted = PredictedLatency.from_json(job.family, job.runtime, table)
+        job.pricing = Pricing(job.family.space, [counts, job.predicted, *job.own_costs])
+        job.limits = resolve(asked, job.pricing)
+        try:
+            return check_reach(job.limits, job.pricing, job.family.name, job.seed)
+        except BudgetError:
+            if last:
+                raise
 
 
 def _none_within(job: Job) -> str:
