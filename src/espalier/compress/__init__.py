@@ -1,0 +1,1 @@
+"""Decisions on a trained model: widths, depth, bits, sparsity; and repair after them."""
