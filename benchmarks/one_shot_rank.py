@@ -33,15 +33,15 @@ from espalier.recipes import _one_shot as one_shot
 RESULT = Path(__file__).parent / "results" / "one_shot_rank.json"
 # in the order in which they run
 METHODS = (
-    "sandwich",
-    "uniform",
-    "fair",
+    "default",
     "one_block",
     "close",
-    "blocks_at_once",
     "split_by_gradients",
     "split_at_random",
-    "close_late",
+    "uniform",
+    "sandwich",
+    "fair",
+    "blocks_at_once",
     "one_block_split",
 )
 PLAN = replace(one_shot.PLANS["cpu"], passes=6000)

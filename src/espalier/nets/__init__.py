@@ -77,6 +77,7 @@ from espalier.nets.supernet import Supernet
 from espalier.nets.units import Unit
 
 if TYPE_CHECKING:
+    from espalier.nets.close import CLOSENet as CLOSENet
     from espalier.nets.darts_cells import DARTSCells as DARTSCells
     from espalier.nets.hierarchical import HierarchicalViT as HierarchicalViT
     from espalier.nets.hybrid import Hybrid as Hybrid
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from espalier.nets.superkernel import Superkernel as Superkernel
 
 _LAZY = {
+    "CLOSENet": "close",
     "DARTSCells": "darts",
     "HierarchicalViT": "hierarchical-vit",
     "Hybrid": "hybrid",
@@ -105,6 +107,7 @@ __all__ = [
     "BENCHMARKS",
     "FAMILIES",
     "NB201",
+    "CLOSENet",
     "DARTSCells",
     "Family",
     "HierarchicalViT",

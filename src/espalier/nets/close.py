@@ -46,7 +46,7 @@ class CLOSENet(Supernet):
         classes: int = 10,
         channels: int = 16,
         cells: int = 5,
-        blocks: int = 4,
+        blocks: int = 3,
         temperature: float = 5.0,
     ) -> None:
         super().__init__(shape, classes)
@@ -70,6 +70,11 @@ class CLOSENet(Supernet):
     def blocks(self) -> int:
         """How many blocks edges are assigned to now; 1 in the beginning."""
         return int(self.gate.grown)
+
+    @property
+    def most_blocks(self) -> int:
+        """How many blocks it can have."""
+        return self.gate.blocks
 
     def grow(self) -> None:
         """One more block, a copy of the last. Errors: `SpaceError` past the most."""

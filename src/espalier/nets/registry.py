@@ -43,6 +43,7 @@ FAMILIES: Mapping[str, type[Family]] = _Families(
         "hierarchical-vit": "espalier.nets.hierarchical:HierarchicalViT",
         "hybrid": "espalier.nets.hybrid:Hybrid",
         "nb201-supernet": "espalier.nets.nb201_supernet:NB201Supernet",
+        "close": "espalier.nets.close:CLOSENet",
         "darts": "espalier.nets.darts_cells:DARTSCells",
     }
 )

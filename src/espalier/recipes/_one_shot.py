@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from espalier import tasks
+from espalier import nets, tasks
 from espalier.bench.criteria import kendall
 from espalier.errors import DataError
 from espalier.estimators.one_shot import OneShot
@@ -33,6 +33,7 @@ from espalier.train.loop import steps_of
 from espalier.train.seeds import global_seed
 from espalier.train.sharing import Curriculum
 from espalier.train.splitting import FewShot, Splitting
+from espalier.train.supernet import default_paths
 
 _OPTIONS = len(SPACE.names) * len(OPERATORS)  # what a batch of gradient matching costs, in passes
 _CELLS = 20  # purpose of the random stream of ranked cells
@@ -130,6 +131,14 @@ def _close(blocks: int, at: tuple[float, ...]) -> Callable[[Plan, Task], tuple[n
     return make
 
 
+def _default(plan: Plan, task: Task) -> tuple[nn.Module, Paths]:
+    supernet = nets.make(
+        "close", task.shape, task.classes, channels=plan.channels, cells=plan.cells
+    )
+    assert isinstance(supernet, nn.Module)
+    return supernet, default_paths(supernet)
+
+
 def _few(
     by: Any, at: float, whole: Callable[[Plan, Task], nn.Module] = _whole
 ) -> Callable[[Plan, Task], tuple[nn.Module, Paths]]:
@@ -147,7 +156,7 @@ METHODS: Mapping[str, Method] = {
     "uniform_longer": Method(_plain(Uniform), more=1.5),
     "one_block": Method(_close(1, ())),
     "close": Method(_close(4, (0.2, 0.4, 0.6))),
-    "close_late": Method(_close(3, (0.5, 0.75))),
+    "default": Method(_default),  # of the family "close": one block, two more in the second half
     "blocks_at_once": Method(_close(4, (0.0, 0.0, 0.0))),
     "split_by_gradients": Method(_few("gradients", 0.5), matched=True),
     "split_at_random": Method(_few("random", 0.5)),

@@ -27,6 +27,7 @@ from espalier.train import distributed, loop, losses
 from espalier.train.paths import Pass, Paths, Sandwich, Uniform
 from espalier.train.precision import Format, autocast
 from espalier.train.recipe import Recipe
+from espalier.train.sharing import Curriculum
 
 
 class Shared(Protocol):
@@ -86,7 +87,10 @@ def train_supernet(
 
 
 def default_paths(supernet: Any, random_subnets: int = 1) -> Paths:
-    """The sandwich rule; for cells, whose operators have no largest, as many uniform paths a step."""
+    """The sandwich rule; for cells, whose operators have no largest, as many uniform paths a step,
+    and on a supernet that can get more blocks of weights a late curriculum of sharing."""
+    if hasattr(supernet, "grow"):
+        return Curriculum.late(supernet)
     if getattr(supernet, "joins", None):
         return Uniform(2 + random_subnets)
     return Sandwich(random_subnets)
