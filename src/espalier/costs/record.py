@@ -143,7 +143,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 Operation(
                     name=func.overloadpacket.__name__,
                     layer=self._layer,
-                    macs=_macs(func.overloadpacket, args, made),
+                    macs=macs_of(func.overloadpacket, args, made),
                     shapes=tuple(tuple(t.shape) for t in read),
                     settings=_settings((args, kwargs)),
                     out_shape=tuple(made[0].shape),
@@ -235,6 +235,7 @@ _MACS: dict[str, Callable[[Any, Tensor], int]] = {
 }
 
 
-def _macs(packet: Any, args: Any, made: list[Tensor]) -> int:
+def macs_of(packet: Any, args: Any, made: list[Tensor]) -> int:
+    """Multiply-accumulates of one call of an operator; 0 for one that has none."""
     rule = _MACS.get(packet.__name__)
     return rule(args, made[0]) if rule else 0
