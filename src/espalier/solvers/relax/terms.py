@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 On = Literal["weights", "architecture", "both"]
 Expected = Callable[[Mapping[str, Tensor]], Tensor]
-Form = Literal["linear", "log", "hinge", "product"]
+Form = Literal["linear", "log", "hinge", "square", "product"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class ExpectedCost(Term):
 
     `expected` gives E from the probabilities, `target` its scale and, for a hinge, its limit:
     linear: E / target (ProxylessNAS, Cai et al., 2019); log: log(E / target) (Single-Path NAS,
-    Stamoulis et al., 2019); hinge: max(0, E / target - 1); product: the task's loss is multiplied by
+    Stamoulis et al., 2019); hinge: max(0, E / target - 1); square: (E / target - 1)^2, which draws to
+    the target from either side (Pruning-as-Search, Li et al., 2022); product: the task's loss is multiplied by
     coefficient * log(E / target)^power, where E / target must stay above 1 (FBNet, Wu et al., 2019).
     `of` "mixture" reads the weights that ran (FBNet) instead of the probabilities. Decisions that are
     not relaxed and that `expected.names` has count as they are held; which edges meet in a node, as
@@ -100,8 +101,8 @@ class ExpectedCost(Term):
             raise EspalierError(f"the form of an expected cost is one of {known}, got {form!r}")
         if target is not None and not target > 0:
             raise EspalierError(f"the target of an expected cost must be above 0, got {target!r}")
-        if form == "hinge" and target is None:
-            raise EspalierError("a hinge on an expected cost needs a target: the limit to keep")
+        if form in ("hinge", "square") and target is None:
+            raise EspalierError(f"the form {form} of an expected cost needs a target: the limit")
         self.expected, self.target, self.form = expected, target, form
         self.coefficient, self.power, self.of, self.name = scheduled(coefficient), power, of, name
 
@@ -115,6 +116,8 @@ class ExpectedCost(Term):
             return share
         if self.form == "hinge":
             return torch.relu(share - 1)
+        if self.form == "square":
+            return (share - 1) ** 2
         log = torch.log(share)
         return log if self.form == "log" else log.clamp(min=1e-6) ** self.power
 
