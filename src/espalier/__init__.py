@@ -19,6 +19,7 @@ if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from espalier import compress as compress
     from espalier import costs as costs
     from espalier import estimators as estimators
     from espalier import export as export
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from espalier.train import Recipe as Recipe
 
 _ROOMS = {
+    "compress": "espalier.compress",
     "costs": "espalier.costs",
     "elastic": "espalier.nets.elastic",
     "estimators": "espalier.estimators",

@@ -1,0 +1,276 @@
+"""Which parts of a model can be left out without a change of shape, and how."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from espalier.compress.calls import Call, Pass
+from espalier.compress.cut import Ignored
+from espalier.export import deployed
+
+# of these zeros come out where zeros go in: they may stay in a branch that is left out
+_KEEP_ZERO = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.ELU,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
+)
+_ZERO_TO_ZERO = {"relu", "gelu", "silu", "hardtanh", "hardswish", "leaky_relu", "elu", "tanh"}
+_ZERO_TO_ZERO |= {"mul", "div", "_to_copy", "clone", "native_dropout"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module to be replaced. `plain`: it is called with one tensor and gives one; otherwise the
+    first of `outputs` results is a tensor and the rest become None (0: no tuple)."""
+
+    path: str
+    plain: bool
+    outputs: int = 0
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A block or a branch. `zero`: its result is 0, else it is its input. `shaped`: zeros of the
+    input's shape, not one zero that is broadcast."""
+
+    name: str
+    parts: tuple[Part, ...]
+    leaves: tuple[str, ...]
+    zero: bool
+    shaped: bool = False
+
+    def apply(self, model: nn.Module) -> None:
+        """Replace the modules; of plain ones nothing but `nn.Identity` is left."""
+        for part in self.parts:
+            parent, _, last = part.path.rpartition(".")
+            try:
+                holder = model.get_submodule(parent)
+            except AttributeError:  # it went with a block around it
+                continue
+            if last in holder._modules:
+                holder._modules[last] = self._stand_in(part).train(model.training)
+
+    def _stand_in(self, part: Part) -> nn.Module:
+        if part.plain and not self.zero:
+            return nn.Identity()
+        return _passing(part.outputs, self.zero, self.shaped)
+
+    def trouble(self, model: nn.Module, example: Tensor) -> str:
+        """Why the model does not run as before without it; '' where it does."""
+        twin = copy.deepcopy(model)
+        self.apply(twin)
+        try:
+            with deployed(model), deployed(twin):
+                wanted, got = model(example), twin(example)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            return f"without it the model does not run: {first}"
+        shapes = [
+            [tuple(t.shape) for t in tree_leaves(o) if isinstance(t, Tensor)] for o in (wanted, got)
+        ]
+        return "" if shapes[0] == shapes[1] else "without it the model's output changes its shape"
+
+
+def _passing(outputs: int, zero: bool, shaped: bool) -> nn.Module:
+    """A module of torch's own that gives its first input, or zero, whatever else it is given."""
+    graph = fx.Graph()
+    x = graph.placeholder("hidden_states")
+    graph.placeholder("*args")
+    graph.placeholder("**kwargs")
+    made: Any = x
+    if zero and shaped:
+        made = graph.call_function(torch.zeros_like, (x,))
+    elif zero:
+        made = graph.call_method("new_zeros", (x, ()))
+    graph.output((made, *[None] * (outputs - 1)) if outputs else made)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def removals(model: nn.Module, run: Pass) -> tuple[list[Removal], list[Ignored]]:
+    """What can be left out of a model, in the order in which it runs; and what can't, and why."""
+    finder = _Finder(model, run)
+    return finder.found, finder.ignored
+
+
+class _Finder:
+    def __init__(self, model: nn.Module, run: Pass) -> None:
+        self._model, self._run = model, run
+        self._times: dict[int, int] = {}
+        for call in run.calls:
+            self._times[id(call.module)] = self._times.get(id(call.module), 0) + 1
+        self._readers: dict[Any, list[int]] = {}
+        for i, step in enumerate(run.steps):
+            for value in set(step.reads):
+                self._readers.setdefault(value, []).append(i)
+        self.ignored: list[Ignored] = []
+        branches = self._branches()
+        whole = self._whole_blocks()
+        found = [self._removal(run.calls[i].path, [run.calls[i]], zero=False) for i in whole]
+        found += [
+            removal
+            for owner, chain in branches
+            if not any(run.within(owner, i) for i in whole)
+            and (removal := self._of_branch(owner, chain, branches))
+        ]
+        taken = {path for r in found for p in r.parts for path in self._inside(p.path)}
+        found += self._equal(taken, {path for r in found for path in self._around(r.parts[0].path)})
+        order = {call.path: i for i, call in reversed(list(enumerate(run.calls)))}
+        self.found = sorted(found, key=lambda r: order[r.parts[0].path])
+
+    # --- residual branches ---------------------------------------------------------------------
+
+    def _branches(self) -> list[tuple[int, list[int]]]:
+        """Calls in a row that end in an addition; with the call that adds."""
+        found = []
+        for i, step in enumerate(self._run.steps):
+            if step.name == "add" and len(step.reads) == 2 and step.shapes[0] == step.shapes[1]:
+                chains = [self._chain(value, i, step.call) for value in dict.fromkeys(step.reads)]
+                chain = max(chains, key=self._weight)
+                if self._weight(chain):
+                    found.append((step.call, chain))
+        return found
+
+    def _chain(self, value: Any, reader: int, owner: int) -> list[int]:
+        """The calls in a row, children of `owner`, whose last result only `reader` reads."""
+        chain: list[int] = []
+        alone = self._readers.get(value) == [reader]
+        while alone:
+            made = [
+                i
+                for i, call in enumerate(self._run.calls)
+                if call.made == value and call.parent == owner and call.taken != value
+            ]
+            if made:
+                chain.insert(0, made[-1])
+                value = self._run.calls[made[-1]].taken
+                readers = self._readers.get(value, [])
+                alone = all(self._run.within(self._run.steps[r].call, made[-1]) for r in readers)
+            elif (step := self._made_by(value)) is not None and self._plain(step, owner):
+                value = self._run.steps[step].reads[0]
+                alone = self._readers.get(value) == [step]
+            else:
+                break
+        return chain
+
+    def _made_by(self, value: Any) -> int | None:
+        return next((i for i, step in enumerate(self._run.steps) if step.made == value), None)
+
+    def _plain(self, index: int, owner: int) -> bool:
+        """A function of one value, called by `owner` itself, that makes zeros of zeros."""
+        step = self._run.steps[index]
+        return step.call == owner and len(step.reads) == 1 and step.name in _ZERO_TO_ZERO
+
+    def _weight(self, chain: list[int]) -> int:
+        modules = [self._run.calls[i].module for i in chain]
+        return sum(p.numel() for m in modules for p in m.parameters())
+
+    def _whole_blocks(self) -> list[int]:
+        """Calls that add once, something of their own to their input, and keep its shape."""
+        added: dict[int, list[Any]] = {}
+        for step in self._run.steps:
+            if step.name == "add" and len(step.reads) == 2:
+                added.setdefault(step.call, []).append(step)
+        found: list[int] = []
+        for i, steps in added.items():
+            call = self._run.calls[i]
+            fits = call.path and self._fits(call) and len(steps) == 1
+            if fits and call.taken in steps[0].reads and len(set(steps[0].reads)) == 2:
+                found.append(i)
+        return [i for i in found if not any(j != i and self._run.within(i, j) for j in found)]
+
+    def _of_branch(
+        self, owner: int, chain: list[int], branches: list[tuple[int, list[int]]]
+    ) -> Removal | None:
+        holder = self._run.calls[owner]
+        holder = self._run.calls[owner]
+        alone = sum(other == owner for other, _ in branches) == 1
+        calls = [self._run.calls[i] for i in chain]
+        largest = max(chain, key=lambda i: self._weight([i]))
+        name = holder.path if alone and holder.path else self._run.calls[largest].path
+        shared = [c for c in calls if not self._once(c)]
+        if any(not isinstance(c.module, _KEEP_ZERO) for c in shared):
+            again = next(c for c in shared if not isinstance(c.module, _KEEP_ZERO))
+            self.ignored.append(Ignored(name, "depth", f"{again.path} is called more than once"))
+            return None
+        return self._of_zero(name, [c for c in calls if self._once(c)])
+
+    def _of_zero(self, name: str, calls: list[Call]) -> Removal | None:
+        removal = self._removal(name, calls, zero=True)
+        example = self._run.calls[0].args[0]
+        if removal.trouble(self._model, example):  # an addition in place needs the whole shape
+            return replace(removal, shaped=True)
+        return removal
+
+    # --- blocks of equal shape without a shortcut ------------------------------------------------
+
+    def _equal(self, taken: set[str], around: set[str]) -> Iterator[Removal]:
+        """Innermost blocks, and convolutions and linear layers outside of them."""
+        blocks = [c for c in self._run.calls if self._fits(c) and self._innermost(c)]
+        inside = {path for c in blocks for path in self._inside(c.path)}
+        layers = [
+            c
+            for c in self._run.calls
+            if c.path not in inside
+            and self._fits(c)
+            and isinstance(c.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        ]
+        for call in [*blocks, *layers]:
+            if call.path not in taken and call.path not in around:
+                yield self._removal(call.path, [call], zero=False)
+
+    def _fits(self, call: Call) -> bool:
+        weights = any(True for _ in call.module.parameters())
+        whole = call.taken is not None and call.made is not None and call.taken != call.made
+        return (
+            bool(call.path)
+            and weights
+            and whole
+            and call.shape == call.out_shape
+            and self._once(call)
+        )
+
+    def _innermost(self, call: Call) -> bool:
+        """A module with children, of which none has children with weights."""
+        children = list(call.module.children())
+        deep = any(any(True for _ in g.parameters()) for c in children for g in c.children())
+        return bool(children) and not deep
+
+    # --- helpers -----------------------------------------------------------------------------------
+
+    def _once(self, call: Call) -> bool:
+        return self._times[id(call.module)] == 1
+
+    def _removal(self, name: str, calls: list[Call], zero: bool) -> Removal:
+        leaves = []
+        for call in calls:
+            for path, module in call.module.named_modules(prefix=call.path):
+                if next(module.children(), None) is None or module._parameters:
+                    leaves.append(path)
+        return Removal(name, tuple(_part(c) for c in calls), tuple(leaves), zero)
+
+    def _inside(self, path: str) -> list[str]:
+        return [name for name, _ in self._model.get_submodule(path).named_modules(prefix=path)]
+
+    def _around(self, path: str) -> list[str]:
+        steps = path.split(".")
+        return [".".join(steps[:i]) for i in range(len(steps))]
+
+
+def _part(call: Call) -> Part:
+    outputs = len(call.output) if isinstance(call.output, tuple) else 0
+    return Part(call.path, call.single, outputs)

@@ -1,0 +1,208 @@
+"""A trained model as a family: its space are the decisions of the cuts that are made on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.compress.cut import BoundCut, Cut, Ignored
+from espalier.compress.units import Unit, Units
+from espalier.errors import EspalierError
+from espalier.export import deployed
+from espalier.nets import Family
+from espalier.space import Candidate, Decision, Option, Space
+
+ORDER = ("width", "depth", "sparsity", "bits")  # a cut of another kind comes before the last two
+
+
+class Pretrained(Family):
+    """A trained model whose candidates are the model with parts of it cut away.
+
+    - `model`: any `nn.Module` that takes one tensor and gives one; it is copied and never changed.
+    - `example`: an input `(b, ...)`, real data where it holds whole numbers (tokens).
+    - `cuts`: what may be decided, such as `(Widths(), Depth(), Bits())`; widths and depth by
+      default.
+    - `calibration`: inputs `(n, ...)` for cuts that need to see data, such as `Bits`.
+
+    A decision that only concerns layers of one block is not active where that block is left out.
+    Errors: `EspalierError` when the model does not run on the example, gives no tensor, or nothing
+    of it can be decided.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        cuts: Sequence[Cut] | None = None,
+        name: str = "model",
+        calibration: Tensor | None = None,
+    ) -> None:
+        self.name = name
+        self.model: nn.Module = copy.deepcopy(model).cpu().eval()
+        self._example = example.detach().cpu()
+        self.calibration = calibration
+        self.shape, self.classes = tuple(example.shape[1:]), _classes(self.model, self._example)
+        wanted = sorted(_default() if cuts is None else cuts, key=_rank)
+        self._settings = tuple(wanted)
+        self.cuts: tuple[BoundCut, ...] = tuple(self._bound(cut) for cut in wanted)
+        self._open()
+
+    def _bound(self, cut: Cut) -> BoundCut:
+        return cut.bind(self.model, self._example)
+
+    def _open(self) -> None:
+        """Everything that follows from the bound cuts."""
+        decisions = [d for cut in self.cuts for d in cut.decisions]
+        if not decisions:
+            raise EspalierError(_nothing(self.name, self.ignored))
+        self._space = Space(_conditioned(decisions, self.cuts))
+        self._units: Units | None = None
+        self.original: Candidate = self._space.decode(self._space.corner(True))[0]
+
+    @property
+    def space(self) -> Space:
+        """The decisions of all cuts."""
+        return self._space
+
+    @property
+    def ignored(self) -> tuple[Ignored, ...]:
+        """What no cut touches, and why."""
+        return tuple(row for cut in self.cuts for row in cut.ignored)
+
+    def build(self, candidate: Mapping[str, Any]) -> nn.Module:
+        """The model as the candidate has it, plain, with copied weights, in evaluation mode.
+
+        Errors: `SpaceError` when the candidate is not of the space.
+        """
+        return self._cut(self._space.candidate(candidate))
+
+    def _cut(self, choices: Mapping[str, Option]) -> nn.Module:
+        network = copy.deepcopy(self.model)
+        for cut in self.cuts:
+            own = {d.name: choices.get(d.name, d.options[-1]) for d in cut.decisions}
+            if any(own[d.name] != d.options[-1] for d in cut.decisions):
+                cut.apply(network, own)
+        return network.eval()
+
+    def example(self, batch: int = 1) -> Tensor:
+        """Zeros of the input's shape and type; rows of the example where it holds whole numbers."""
+        if self._example.is_floating_point():
+            return torch.zeros(batch, *self.shape, dtype=self._example.dtype)
+        times = -(-batch // len(self._example))
+        return self._example.repeat(times, *[1] * len(self.shape))[:batch]
+
+    def units(self) -> tuple[Unit, ...]:
+        """The additive pieces: leaf layers with the norm, activation and pooling behind them."""
+        return self._pieces().units()
+
+    def unit(self, name: str, candidate: Mapping[str, Option]) -> tuple[nn.Module, Any] | None:
+        """One piece under a candidate and its input's shape; None where it does not run."""
+        return self._pieces().unit(name, candidate)
+
+    def _pieces(self) -> Units:
+        if self._units is None:
+            self._units = Units(self.model, self._example[:1], self.cuts, self._cut)
+        return self._units
+
+    def with_scores(self, scores: Mapping[str, Tensor]) -> Pretrained:
+        """The same family with other scores of importance for what its widths keep first.
+
+        Errors: `EspalierError` when widths are not among its decisions.
+        """
+        if not any(hasattr(cut, "with_scores") for cut in self.cuts):
+            raise EspalierError("scores order the channels that widths keep: add Widths() to cuts")
+        twin = copy.copy(self)
+        twin.cuts = tuple(
+            cut.with_scores(scores) if hasattr(cut, "with_scores") else cut for cut in self.cuts
+        )
+        twin._open()
+        return twin
+
+    def explain(self) -> list[dict[str, Any]]:
+        """A row a decision (decision, kind, layers it changes, options, original), then a row for
+        each layer that is left alone (kind, layers, reason)."""
+        rows: list[dict[str, Any]] = []
+        for cut in self.cuts:
+            layers: dict[str, list[str]] = {}
+            for path, names in cut.layers().items():
+                for name in names:
+                    layers.setdefault(name, []).append(path)
+            for decision in cut.decisions:
+                options = list(decision.options)
+                rows.append(
+                    {
+                        "decision": decision.name,
+                        "kind": decision.name.partition(":")[0],
+                        "layers": layers.get(decision.name, []),
+                        "options": options,
+                        "original": options[-1],
+                    }
+                )
+        for row in self.ignored:
+            rows.append({"kind": row.kind, "layers": [row.layer], "reason": row.reason})
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_units": None}
+
+
+def _default() -> tuple[Cut, ...]:
+    from espalier.compress.depth import Depth
+    from espalier.compress.widths import Widths
+
+    return (Widths(), Depth())
+
+
+def _rank(cut: Cut) -> float:
+    return ORDER.index(cut.kind) if cut.kind in ORDER else 1.5
+
+
+def _classes(model: nn.Module, example: Tensor) -> int:
+    """The width of the output. Errors: `EspalierError` when the output is no tensor."""
+    try:
+        with deployed(model):
+            output = model(example[:1])
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EspalierError(
+            f"{type(model).__name__} does not run on an example of shape {tuple(example.shape)} "
+            f"and {example.dtype}: {first}"
+        ) from error
+    if isinstance(output, Tensor) and output.dim() > 0:
+        return int(output.shape[-1])
+    kinds = [k for k in ("logits", "last_hidden_state") if hasattr(output, k)]
+    take = f"output.{kinds[0]}" if kinds else "one tensor"
+    raise EspalierError(
+        f"a model must give one tensor, {type(model).__name__} gives "
+        f"{type(output).__name__}: wrap it in a module whose forward returns {take}"
+    )
+
+
+def _conditioned(decisions: Sequence[Decision], cuts: Sequence[BoundCut]) -> list[Decision]:
+    """Decisions that only concern layers of blocks are active where these are kept."""
+    reach: dict[str, set[str]] = {d.name: set() for d in decisions}
+    for cut in cuts:
+        for path, names in cut.layers().items():
+            for name in names:
+                reach[name].add(path)
+    blocks = [d for d in decisions if d.name.startswith("depth:")]
+    found = []
+    for decision in decisions:
+        own = reach[decision.name]
+        around = {
+            b.name: (b.options[-1],)
+            for b in blocks
+            if own and own <= reach[b.name] and (decision not in blocks or own < reach[b.name])
+        }
+        found.append(replace(decision, when={**decision.when, **around}) if around else decision)
+    return found
+
+
+def _nothing(name: str, ignored: Sequence[Ignored]) -> str:
+    why = "; ".join(f"{row.layer}: {row.reason}" for row in ignored[:3])
+    return f"nothing of {name!r} can be decided with these cuts" + (f" ({why})" if why else "")

@@ -1,0 +1,238 @@
+"""The additive pieces of a trained model under cuts: for tables of costs.
+
+A unit is a leaf layer with the norm, activation and pooling that directly follow it. A module that
+multiplies outside of its layers (attention) is one unit; what else holds weights (a class token) is a
+unit that only counts. Layers are cut alone by the cuts' `slice`; what does not tell its own input's
+shape is looked up on a model built with the few decisions that change it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from espalier.compress.calls import Call, Pass, Shape, follow
+from espalier.compress.cut import BoundCut
+from espalier.compress.divided import Division, Piece, told
+from espalier.compress.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
+from espalier.errors import SpaceError, unknown
+from espalier.space import Option
+
+_SAME_SHAPES = ("depth", "bits", "sparsity")  # kinds of cut that keep shapes between layers
+_KEPT = 16  # models built to look at, kept
+
+Choices = Mapping[str, Option]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece. Its module and its input's shape hang on `decisions` alone."""
+
+    name: str
+    decisions: tuple[str, ...]
+
+
+class Units:
+    """The pieces of one model, and how to get each alone under any choices.
+
+    `build(choices)` gives the model cut by these choices, the others being the original's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        cuts: Sequence[BoundCut],
+        build: Callable[[Choices], nn.Module],
+    ) -> None:
+        self._model, self._example, self._cuts, self._build = model, example, cuts, build
+        self._original = {d.name: d.options[-1] for cut in cuts for d in cut.decisions}
+        self._layers = [cut.layers() for cut in cuts]
+        self._tied = tied(model)
+        self._runs: OrderedDict[tuple[Any, ...], _Run] = OrderedDict()
+        self._shapes: dict[tuple[Any, ...], dict[tuple[str, int], Shape]] = {}
+        run = _Run(model, follow(model, example))
+        self._pieces = {p.name: p for p in Division(model, run.pass_, self._layers).pieces}
+        for piece in self._pieces.values():
+            piece.decisions |= self._claims(piece)
+        self._probe(run)
+        order = {name: i for i, name in enumerate(self._original)}
+        self._units = tuple(
+            Unit(name, tuple(sorted(piece.decisions, key=order.__getitem__)))
+            for name, piece in self._pieces.items()
+        )
+
+    def units(self) -> tuple[Unit, ...]:
+        """The pieces, in the order in which they run."""
+        return self._units
+
+    def unit(self, name: str, candidate: Choices) -> tuple[nn.Module, Shape] | None:
+        """A piece as a module of its own and its input's shape; None where it does not run.
+
+        Errors: `SpaceError` for an unknown name.
+        """
+        if name not in self._pieces:
+            raise SpaceError(unknown("unit", name, self._pieces))
+        piece = self._pieces[name]
+        if piece.kind == "chain":
+            return self._chained(piece, candidate)
+        choices = {d: candidate.get(d, self._original[d]) for d in piece.decisions}
+        return self._held(piece, choices) if piece.kind == "held" else self._called(piece, choices)
+
+    # --- what decides a piece --------------------------------------------------------------------
+
+    def _claims(self, piece: Piece) -> set[str]:
+        """The decisions of its layers."""
+        inside = [p + "." if p else "" for p in piece.paths] if piece.kind == "call" else []
+        return {
+            name
+            for layers in self._layers
+            for path, names in layers.items()
+            if path in piece.paths or any(path.startswith(p) for p in inside)
+            for name in names
+        }
+
+    def _probe(self, original: _Run) -> None:
+        """Adds what changes the inputs of pieces that do not tell them, found by changing each."""
+        silent = [p for p in self._pieces.values() if not self._tells(p)]
+        if not silent:
+            return
+        for cut in self._cuts:
+            for decision in cut.decisions:
+                if decision.name.partition(":")[0] in _SAME_SHAPES or decision.count < 2:
+                    continue
+                run = self._run({decision.name: decision.options[0]})
+                for piece in silent:
+                    if run.looks(piece) not in (None, original.looks(piece)):
+                        piece.decisions.add(decision.name)
+
+    def _tells(self, piece: Piece) -> bool:
+        if piece.kind != "chain":
+            return False
+        return told(self._model.get_submodule(piece.paths[0]), piece.shapes[0]) is not None
+
+    # --- getting a piece -------------------------------------------------------------------------
+
+    def _chained(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
+        found: list[nn.Module] = []
+        shape: Shape | None = None
+        for i, path in enumerate(piece.paths):
+            layer, taken = self._sliced(path, piece.shapes[i], candidate)
+            if layer is None:
+                continue
+            if not found:
+                shape = taken or self._looked_up(piece, i, candidate)
+            found.append(self._own(layer, path, piece.turn > 0))
+        if not found or shape is None:
+            return None
+        return (found[0] if len(found) == 1 else nn.Sequential(*found)), shape[1:]
+
+    def _sliced(
+        self, path: str, shape: Shape, candidate: Choices
+    ) -> tuple[nn.Module | None, Shape | None]:
+        """A leaf layer under the candidate, and its input's shape where it tells that."""
+        layer: nn.Module | None = self._model.get_submodule(path)
+        assert layer is not None
+        taken = told(layer, shape)
+        for cut, layers in zip(self._cuts, self._layers, strict=True):
+            if names := layers.get(path):
+                choices = {n: candidate.get(n, self._original[n]) for n in names}
+                layer = cut.slice(path, layer, choices)
+                if layer is None:
+                    return None, None
+                taken = told(layer, shape) or taken
+        return layer, taken
+
+    def _looked_up(self, piece: Piece, place: int, candidate: Choices) -> Shape | None:
+        """The input's shape of a layer that does not tell it, on a model built for it."""
+        choices = {
+            d: candidate.get(d, self._original[d])
+            for d in piece.decisions
+            if d.partition(":")[0] not in _SAME_SHAPES
+        }
+        key = self._key(choices)
+        if key not in self._shapes:
+            self._shapes[key] = self._run(choices).shapes()
+        return self._shapes[key].get((piece.paths[place], piece.turn if place == 0 else 0))
+
+    def _called(self, piece: Piece, choices: Choices) -> tuple[nn.Module, Shape] | None:
+        call = self._run(choices).call(piece)
+        if call is None or emptied(self._model.get_submodule(piece.paths[0]), call.module):
+            return None
+        module = self._own(call.module, piece.paths[0], piece.turn > 0)
+        if call.single:
+            return module, call.shape[1:]
+        x = main_tensor(call)
+        return AsCalled(module, call.args, call.kwargs, x), tuple(x.shape[1:])
+
+    def _held(self, piece: Piece, choices: Choices) -> tuple[nn.Module, Shape] | None:
+        try:
+            module = self._run(choices).model.get_submodule(piece.paths[0])
+        except AttributeError:
+            return None
+        if emptied(self._model.get_submodule(piece.paths[0]), module):
+            return None
+        return Held(self._own(module, piece.paths[0], False)), (1,)
+
+    def _own(self, module: nn.Module, path: str, again: bool) -> nn.Module:
+        """The module; weights that an earlier one holds are turned into what is not counted."""
+        prefix = f"{path}." if path else ""
+        names = [n for n, _ in module.named_parameters() if again or prefix + n in self._tied]
+        return borrowed(module, names) if names else module
+
+    # --- models built to look at -----------------------------------------------------------------
+
+    def _key(self, choices: Choices) -> tuple[Any, ...]:
+        return tuple(sorted((n, c) for n, c in choices.items() if c != self._original[n]))
+
+    def _run(self, choices: Choices) -> _Run:
+        key = self._key(choices)
+        if key not in self._runs:
+            while len(self._runs) >= _KEPT:
+                self._runs.popitem(last=False)
+            model = self._build(choices)
+            self._runs[key] = _Run(model, follow(model, self._example))
+        self._runs.move_to_end(key)
+        return self._runs[key]
+
+
+class _Run:
+    """A model that ran once, and its calls by module."""
+
+    def __init__(self, model: nn.Module, run: Pass) -> None:
+        self.model, self.pass_ = model, run
+        self._calls: dict[tuple[str, int], Call] = {}
+        turns: Counter[str] = Counter()
+        for call in run.calls:
+            self._calls[call.path, turns[call.path]] = call
+            turns[call.path] += 1
+
+    def call(self, piece: Piece) -> Call | None:
+        """The call that a piece is."""
+        return self._calls.get((piece.paths[0], piece.turn))
+
+    def shapes(self) -> dict[tuple[str, int], Shape]:
+        """The input's shape of each call."""
+        return {key: call.shape for key, call in self._calls.items()}
+
+    def looks(self, piece: Piece) -> list[Shape] | None:
+        """The shapes of all that a piece takes and holds; None where it is not there."""
+        try:
+            module = self.model.get_submodule(piece.paths[0])
+        except AttributeError:
+            return None
+        if piece.kind == "held":
+            return [tuple(t.shape) for t in module.state_dict().values()]
+        call = self.call(piece)
+        if call is None:
+            return None
+        taken = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+        shapes = [tuple(t.shape) for t in taken]
+        if piece.kind == "call":
+            shapes += [tuple(t.shape) for t in module.state_dict().values()]
+        return shapes
