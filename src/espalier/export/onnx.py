@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from espalier.errors import ExportError
 from espalier.export.modes import deployed
 from espalier.export.program import Program, to_program
+from espalier.export.qdq import with_integers
+from espalier.export.quantised import marked
+from espalier.export.quantisers import carries
 from espalier.export.quiet import quiet
 from espalier.export.tidy import tidied
 
@@ -24,8 +27,12 @@ def to_onnx(network: nn.Module, example: Tensor, *, fast: bool = False) -> bytes
     instead of a second), for measuring many small pieces; its batch is called dynamic too, so that
     a runtime has the same to do, but only the example's batch is sure to work.
     Batch-norms are folded into convolutions either way, by the exporter or the runtime.
+    Layers that carry fake quantisation become integers (see `export.quantised`).
     Errors: `ExportError` when the network can't be exported.
     """
+    if carries(network):
+        twin, roundings = marked(network)
+        return with_integers(to_onnx(twin, example, fast=fast), roundings)
     return _traced(network, example) if fast else program_to_onnx(to_program(network, example))
 
 
