@@ -134,17 +134,17 @@ class Pretrained(Family):
                     layers.setdefault(name, []).append(path)
             for decision in cut.decisions:
                 options = list(decision.options)
-                rows.append(
-                    {
-                        "decision": decision.name,
-                        "kind": decision.name.partition(":")[0],
-                        "layers": layers.get(decision.name, []),
-                        "options": options,
-                        "original": options[-1],
-                    }
-                )
-        for row in self.ignored:
-            rows.append({"kind": row.kind, "layers": [row.layer], "reason": row.reason})
+                row: dict[str, Any] = {
+                    "decision": decision.name,
+                    "kind": decision.name.partition(":")[0],
+                    "layers": layers.get(decision.name, []),
+                    "options": options,
+                    "original": options[-1],
+                }
+                note = getattr(cut, "note", "")
+                rows.append(row | ({"note": note} if note else {}))
+        for left in self.ignored:
+            rows.append({"kind": left.kind, "layers": [left.layer], "reason": left.reason})
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
