@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from espalier.compress.calls import Pass, follow
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.ranges import calibrate
 from espalier.compress.rounding import outputs_to_round
-from espalier.compress.wiring import Wiring, wiring
 from espalier.errors import EspalierError, unknown
 from espalier.export.quantisers import (
     BLOCK,
@@ -58,7 +58,7 @@ class Bits(Cut):
 
     def bind(self, model: nn.Module, example: Tensor) -> BoundBits:
         """The layers of a model that can have fewer bits. Errors: `EspalierError`."""
-        wires = wiring(model, example)
+        run = follow(model, example[:1])
         modules = dict(model.named_modules())
         for name in self.layers or ():
             if name not in modules:
@@ -68,7 +68,7 @@ class Bits(Cut):
         for name, module in modules.items():
             if self.layers is not None and name not in self.layers:
                 continue
-            reason = self._against(name, module, model, wires)
+            reason = self._against(name, module, model, run)
             if reason is None:
                 chosen.append(name)
             elif reason:
@@ -76,7 +76,7 @@ class Bits(Cut):
         inputs = example if self.calibration is None else self.calibration
         return BoundBits(self, tuple(chosen), tuple(ignored), inputs)
 
-    def _against(self, name: str, module: nn.Module, model: nn.Module, wires: Wiring) -> str | None:
+    def _against(self, name: str, module: nn.Module, model: nn.Module, run: Pass) -> str | None:
         """Why a module can't be quantised; None where it can, "" where nobody would ask."""
         weight = getattr(module, "weight", None)
         weighs = isinstance(weight, Tensor) and weight.dim() > 1
@@ -87,9 +87,10 @@ class Bits(Cut):
             return f"no integer kernel for {type(module).__name__} is chosen" if weighs else ""
         if self.weights_only and kind is not nn.Linear:
             return "weights alone are only packed for linear layers"
-        if wires.calls[name] == 0:
+        calls = len(run.of(name))
+        if calls == 0:
             return "its parent uses the weight without calling the layer"
-        if wires.calls[name] > 1:
+        if calls > 1:
             return "it runs more than once, on inputs of different ranges"
         owners = [n for n, m in model.named_modules() if getattr(m, "weight", None) is weight]
         if len(owners) > 1:
@@ -145,11 +146,12 @@ class BoundBits(BoundCut):
             return
         rounded: list[str] = []
         if not self._block:
-            wires = wiring(model, self.inputs)
-            wanted = {name: bits for name, bits in wanted.items() if wires.calls[name]}
+            run = follow(model, self.inputs[:1])
+            ran = {call.path for call in run.calls}
+            wanted = {name: bits for name, bits in wanted.items() if name in ran}
             # products give float sums at no cost, convolutions of integers give integers
             closing = [name for name in wanted if not isinstance(modules[name], nn.Linear)]
-            rounded = outputs_to_round(wires, wanted, closing)
+            rounded = outputs_to_round(run, wanted, closing)
         for name in rounded:
             round_output(modules[name])
         for name, bits in wanted.items():

@@ -7,78 +7,82 @@ tensors. A tensor that other operators read as well is rounded where it is made,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
-from espalier.compress.wiring import Step, Wiring
+from espalier.compress.calls import Pass, Step, Value
 
 _NORMS = {
     "native_batch_norm",
     "_native_batch_norm_legit_no_training",
     "_batch_norm_with_update",
     "cudnn_batch_norm",
-    "batch_norm",
 }
-_RECTIFIERS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp_min", "clamp_min_"}  # relu6 too
+_RECTIFIERS = {"relu", "hardtanh", "clamp_min"}  # relu6 is a hardtanh
 _WHOLE = {  # operators that ONNX Runtime computes on integers when all they touch is rounded
     "add",
-    "add_",
     "cat",
     "constant_pad_nd",
     "mean",
     "avg_pool2d",
     "_adaptive_avg_pool2d",
-    "adaptive_avg_pool2d",
 }
 
 
-def outputs_to_round(wires: Wiring, layers: Collection[str], closing: Collection[str]) -> list[str]:
-    """Modules (paths) whose output is to be rounded, given the layers of integers.
+def outputs_to_round(run: Pass, layers: Collection[str], closing: Collection[str]) -> list[str]:
+    """Modules (paths) whose output is to be rounded, given the layers of integers, each run once.
 
     `closing` are those of the layers that need a rounded output to be computed on integers.
     Tensors that no module gives, or only modules that run more than once, are left.
     """
-    return _Rounding(wires, layers).run(closing)
+    return _Rounding(run, layers).run(closing)
 
 
 class _Rounding:
-    def __init__(self, wires: Wiring, layers: Collection[str]) -> None:
-        self._wires, self._layers = wires, set(layers)
-        self._readers: dict[int, list[Step]] = {}
-        for step in wires.steps:
-            for tensor in step.reads:
-                self._readers.setdefault(tensor, []).append(step)
-        self._hooked: dict[int, str] = {}
+    def __init__(self, run: Pass, layers: Collection[str]) -> None:
+        self._run, self._layers = run, set(layers)
+        self._source = run.calls[0].taken
+        self._often = Counter(call.path for call in run.calls)
+        self._calls = {call.path: call for call in run.calls}
+        self._readers: dict[Value, list[Step]] = {}
+        for step in run.steps:
+            for value in step.reads:
+                self._readers.setdefault(value, []).append(step)
+        self._found: dict[Value, str] = {}
 
     def run(self, closing: Collection[str]) -> list[str]:
-        for name in self._layers:
-            self._want(self._wires.inputs[name])
-        for name in closing:
-            self._want(self._tail(self._wires.outputs[name]))
-        for step in self._wires.steps:
-            whole = step.name in _WHOLE and step.reads and step.layer not in self._layers
-            if whole and all(self._rounded(tensor) for tensor in step.reads):
-                self._want(self._tail(step.writes[0]))
-        return list(self._hooked.values())
+        """All modules, in a fixed order."""
+        for name in sorted(self._layers):
+            self._want(self._calls[name].taken)
+        for name in sorted(closing):
+            self._want(self._tail(self._calls[name].made))
+        for step in self._run.steps:
+            whole = step.name in _WHOLE and step.reads and not self._inside(step)
+            if whole and all(self._rounded(value) for value in step.reads):
+                self._want(self._tail(step.made))
+        return list(self._found.values())
 
-    def _tail(self, tensor: int) -> int:
+    def _inside(self, step: Step) -> bool:
+        return step.call >= 0 and self._run.calls[step.call].path in self._layers
+
+    def _tail(self, value: Value | None) -> Value | None:
         """The tensor behind the batch-norm and the rectifier that alone read this one."""
         for names in (_NORMS, _RECTIFIERS):
-            readers = self._readers.get(tensor, [])
+            readers = self._readers.get(value, []) if value else []
             if len(readers) == 1 and readers[0].name in names:
-                tensor = readers[0].writes[0]
-        return tensor
+                value = readers[0].made
+        return value
 
-    def _rounded(self, tensor: int) -> bool:
-        return tensor in self._hooked or self._only_layers(tensor)
+    def _rounded(self, value: Value) -> bool:
+        readers = self._readers.get(value, [])
+        return value in self._found or (bool(readers) and all(map(self._inside, readers)))
 
-    def _only_layers(self, tensor: int) -> bool:
-        readers = self._readers.get(tensor, [])
-        return bool(readers) and all(step.layer in self._layers for step in readers)
-
-    def _want(self, tensor: int) -> None:
-        if self._rounded(tensor) or tensor == self._wires.source:
+    def _want(self, value: Value | None) -> None:
+        if value is None or value == self._source or self._rounded(value):
             return
-        for name in self._wires.givers.get(tensor, []):
-            if name and self._wires.calls[name] == 1:
-                self._hooked[tensor] = name
+        # innermost first; what only passes a tensor on (an identity) is no place to round it
+        for call in reversed(self._run.calls):
+            gives = call.made == value and call.taken != value and call.path
+            if gives and self._often[call.path] == 1:
+                self._found[value] = call.path
                 return
