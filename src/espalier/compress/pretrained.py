@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Pretrained(Family):
         self.name = name
         self.model: nn.Module = copy.deepcopy(model).cpu().eval()
         self._example = example.detach().cpu()
-        self.calibration = calibration
+        self.calibration = None if calibration is None else calibration.detach().cpu()
         self.shape, self.classes = tuple(example.shape[1:]), _classes(self.model, self._example)
         wanted = sorted(_default() if cuts is None else cuts, key=_rank)
         self._settings = tuple(wanted)
@@ -53,6 +53,12 @@ class Pretrained(Family):
         self._open()
 
     def _bound(self, cut: Cut) -> BoundCut:
+        # a cut that looks at data has the setting `calibration`; what it was given itself stays
+        names = [f.name for f in fields(cut)] if is_dataclass(cut) else []
+        if self.calibration is not None and "calibration" in names:
+            given: Any = cut
+            if given.calibration is None:
+                cut = replace(given, calibration=self.calibration)
         return cut.bind(self.model, self._example)
 
     def _open(self) -> None:

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.pretrained import Pretrained
 from espalier.errors import SpaceError
 from espalier.nets import Family, Supernet
 from espalier.space import Candidate
+from espalier.testing.plain import check_plain as check_plain
+from espalier.testing.pretrained import check_pretrained
 
 RANDOM = 6  # candidates drawn at random, beside the smallest and the largest
 
@@ -23,10 +26,14 @@ def check_family(family: Family, seed: int = 0) -> None:
     Every sampled candidate builds a plain network that gives `(batch, classes)`, is trainable and
     is decided by torch's seed. Of supernets also: the active candidate computes what its extract
     computes, extracting leaves no trace, the units add up to the whole, and mixtures are right.
+    Of trained models, where no weight hangs on the seed: what `check_pretrained` says.
     Errors: `AssertionError`, saying what is wrong with which candidate.
     """
     candidates = sampled(family, seed)
     _check_face(family)
+    if isinstance(family, Pretrained):
+        check_pretrained(family, candidates, seed)
+        return
     for candidate in candidates:
         check_network(family, candidate, seed)
     if not isinstance(family, Supernet):
@@ -75,25 +82,6 @@ def check_network(family: Family, candidate: Candidate, seed: int = 0) -> None:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     assert gradients, f"{candidate}: no weight gets a gradient"
     assert all(bool(torch.isfinite(g).all()) for g in gradients), f"{candidate}: gradients diverge"
-
-
-def check_plain(network: nn.Module, label: str = "the network") -> None:
-    """No class of Espalier is anywhere in the network, nor called by it."""
-    for path, module in network.named_modules():
-        for kind in type(module).__mro__:
-            assert not _ours(kind), (
-                f"{label}: {path or 'the root'} is a {kind.__name__} of Espalier"
-            )
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                assert not _ours(node.target), f"{label}: calls {node.target} of Espalier"
-                noted = node.meta.get("nn_module_stack", {})
-                assert not noted, f"{label}: node {node} still names the classes it came from"
-
-
-def _ours(thing: object) -> bool:
-    module = getattr(thing, "__module__", None) or ""
-    return module == "espalier" or module.startswith("espalier.")
 
 
 def noise(family: Family, batch: int, seed: int) -> Tensor:
