@@ -196,10 +196,11 @@ class Sums:
         """Milliseconds `(n,)` of code rows `(n, d)`."""
         total = np.zeros(len(codes))
         for part in self._pieces.parts(codes):
-            total += part.values(np.array([self._time(p) for p in part.pieces], dtype=float))
+            total += part.values(np.array([self.of(p) for p in part.pieces], dtype=float))
         return total
 
-    def _time(self, piece: Piece) -> float:
+    def of(self, piece: Piece) -> float:
+        """Milliseconds of one piece."""
         if piece.key not in self._known:
             if self._model is None:
                 name = self._filler or choose(self._work, self._times)[0]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.costs.cost import Builder, CodeCost
-from espalier.costs.pieces import pieces_of
+from espalier.costs.pieces import Terms, pieces_of
 from espalier.problem import Metric, Metrics
 
 _SUMMED = ("params", "macs", "bytes")
@@ -50,3 +50,9 @@ class Counts(CodeCost):
                 else:
                     np.maximum(total, values, out=total)
         return Metrics(totals, self.metrics)
+
+    def terms(self, metric: str) -> Terms:
+        """The cost of each piece, from which those of networks follow."""
+        return Terms(
+            self._pieces, lambda p: float(getattr(p.count, metric)), peak=metric not in _SUMMED
+        )

@@ -8,7 +8,7 @@ and taken apart into its top-level children, or kept whole where these are no ch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -72,6 +72,16 @@ class Part:
         return np.append(of, 0.0)[self.index]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """A cost as a constant and a value for each piece, summed or, for a peak, the largest."""
+
+    pieces: Pieces
+    of: Callable[[Piece], float]
+    constant: float = 0.0
+    peak: bool = False
+
+
 class Pieces:
     """All pieces of one family met so far. Shared by the costs of a family: use `pieces_of`.
 
@@ -87,6 +97,10 @@ class Pieces:
     def parts(self, codes: Codes) -> Iterator[Part]:
         """The parts of the networks of `codes` `(n, d)`; a network is the chain of its parts."""
         raise NotImplementedError
+
+    def scopes(self) -> Mapping[str, tuple[str, ...]] | None:
+        """For each part, in the order of `parts`, the decisions that decide it; None if unknown."""
+        return None
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
         """The piece as a module, and a random input (batch 1)."""
@@ -219,6 +233,13 @@ class _Units(Pieces):
             index = np.full(len(codes), -1, dtype=np.int64)
             index[rows] = place[inverse]
             yield Part(pieces, index)
+
+    def scopes(self) -> Mapping[str, tuple[str, ...]]:
+        names = self.space.names
+        return {
+            u.name: tuple(names[j] for j in sorted({*self._columns[u.name], *self._gates[u.name]}))
+            for u in self.units
+        }
 
     def _runs_in(self, unit: UnitLike, codes: Codes) -> NDArray[np.bool_]:
         columns = self._gates[unit.name]

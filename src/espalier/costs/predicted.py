@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from espalier.costs.calibration import Calibration, Progress, Sums
 from espalier.costs.cost import Builder, CodeCost
-from espalier.costs.pieces import pieces_of
+from espalier.costs.pieces import Terms, pieces_of
 from espalier.costs.runtime import OnnxRuntime
 from espalier.costs.table import Table
 from espalier.errors import EspalierError
@@ -93,6 +93,12 @@ class PredictedLatency(CodeCost):
         assert self._sums is not None
         total = table.overhead_ms + table.scale * self._sums(codes)
         return Metrics({"latency_ms": np.asarray(total)}, self.metrics)
+
+    def terms(self, metric: str) -> Terms:
+        """The scaled milliseconds of each piece; the overhead is the constant."""
+        table, sums = self._calibrated(), self._sums
+        assert sums is not None
+        return Terms(self._pieces, lambda p: table.scale * sums.of(p), table.overhead_ms)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._table is None:
