@@ -1,0 +1,194 @@
+"""Allocation: the program beside enumeration and another solver, its limits, costs as factors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from espalier.costs import Counts
+from espalier.errors import BudgetError, EspalierError, SpaceError
+from espalier.nets.mobilenet import MobileNet
+from espalier.problem import Limit
+from espalier.solvers.allocate import Factor, Program, cost_factors, totals
+from espalier.space import Forbid, Linear, Space, choice, ordinal, real
+
+pytest.importorskip("ortools")
+
+
+def spaces(rng: np.random.Generator) -> Space:
+    """Six decisions, two of them conditional, two constraints."""
+    made = []
+    for i in range(6):
+        when = {made[i - 1].name: tuple(made[i - 1].options[:2])} if i in (3, 5) else {}
+        made.append(ordinal(f"d{i}", *range(1, int(rng.integers(2, 5)) + 1), when=when))
+    rules = [Linear({"d0": 1.0, "d1": 2.0}, "<=", 6.0), Forbid({"d2": 1, "d4": 1})]
+    return Space(made, rules)
+
+
+def tables(
+    space: Space, rng: np.random.Generator, *scopes: str, scale: float = 1.0
+) -> list[Factor]:
+    out = []
+    for scope in scopes:
+        names = tuple(scope.split())
+        shape = tuple(space[n].count for n in names)
+        out.append(Factor(names, scale * rng.lognormal(size=shape)))
+    return out
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_program_reaches_what_enumeration_finds_at_any_magnitude(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scale = (1.0, 1e-8, 1e8)[seed % 3]
+    space = spaces(rng)
+    harm = tables(space, rng, *space.names, "d4 d1", "d1 d3 d5", scale=scale)
+    harm.append(Factor((), np.array(3.0 * scale)))
+    costs = {
+        "a": tables(space, rng, "d0", "d3 d2", "d5"),
+        "b": tables(space, rng, "d1 d4", "d2"),
+        "least": tables(space, rng, *space.names),
+        "peak": [
+            Factor(f.decisions, f.values, peak=True) for f in tables(space, rng, "d1 d0", "d5")
+        ],
+    }
+    codes = space.enumerate()
+    harms = totals(space, harm, codes)
+    found = {k: totals(space, f, codes) for k, f in costs.items()}
+    shares = {"a": 0.5, "b": 0.5, "peak": 0.7}
+    limits = [Limit(k, float(np.quantile(found[k], q))) for k, q in shares.items()]
+    limits.append(Limit("least", float(np.quantile(found["least"], 0.2)), ">="))
+    kept = np.all([m.violation(found[m.metric]) <= 1e-12 for m in limits], axis=0)
+    program = Program(space, harm, costs, limits)
+    if not kept.any():
+        with pytest.raises(BudgetError, match="can't be kept"):
+            program.solve()
+        return
+    best = harms[kept].min()
+    solution = program.solve()
+    assert solution.optimal
+    assert solution.harm == pytest.approx(best, rel=1e-9)
+    assert best * (1 - 1e-8) <= solution.bound <= best * (1 + 1e-12)
+    row = space.encode([solution.candidate])
+    assert space.valid(row)[0]
+    assert {k: totals(space, f, row)[0] for k, f in costs.items()} == pytest.approx(solution.costs)
+    # the next best one, when the best is refused
+    if (rest := kept & (harms > best * (1 + 1e-9))).any():
+        second = program.solve(forbidden=[solution.candidate], hint=solution.candidate)
+        assert second.harm == pytest.approx(harms[rest].min(), rel=1e-9)
+
+
+def test_it_agrees_with_another_solver_and_greedy_is_no_better() -> None:
+    from scipy.optimize import LinearConstraint, milp
+
+    rng = np.random.default_rng(0)
+    layers, options = 25, 6
+    share = np.linspace(1 / options, 1, options)
+    space = Space([ordinal(f"l{i}", *range(options)) for i in range(layers)])
+    harm = 1e-8 * rng.lognormal(0, 2, (layers, 1)) * (1 - share) ** rng.uniform(1, 3, (layers, 1))
+    cost = rng.lognormal(size=(2, layers, 1)) * share ** rng.uniform(0.5, 2, (2, layers, 1))
+    bounds = cost[:, :, -1].sum(axis=1) * np.array([0.6, 0.5])
+
+    def alone(table: np.ndarray) -> list[Factor]:
+        return [Factor((name,), row) for name, row in zip(space.names, table, strict=True)]
+
+    costs = {"a": alone(cost[0]), "b": alone(cost[1])}
+    limits = [Limit("a", bounds[0]), Limit("b", bounds[1])]
+    program = Program(space, alone(harm), costs, limits)
+    found, greedy = program.solve(), program.greedy()
+    one = np.kron(np.eye(layers), np.ones(options))
+    other = milp(
+        harm.ravel() / harm.max(),
+        integrality=np.ones(harm.size),
+        bounds=(0, 1),
+        constraints=[
+            LinearConstraint(one, 1, 1),
+            LinearConstraint(cost.reshape(2, -1), -np.inf, bounds),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    assert found.optimal
+    assert found.harm == pytest.approx(other.fun * harm.max(), rel=1e-6)
+    assert found.harm < greedy.harm < 2 * found.harm
+    for solution in (found, greedy):
+        assert all(solution.costs[m.metric] <= m.bound for m in limits)
+
+
+def test_small_harms_beside_large_ones_are_told_apart() -> None:
+    space = Space([ordinal("coarse", 0, 1), *(ordinal(f"fine{i}", 0, 1, 2) for i in range(3))])
+    harm = [Factor(("coarse",), np.array([1e8, 0.0]))]
+    harm += [Factor((f"fine{i}",), np.array([3e-8 + i * 1e-9, 1e-8, 0.0])) for i in range(3)]
+    cost = [Factor((f"fine{i}",), np.array([0.0, 2.0, 3.0])) for i in range(3)]
+    solution = Program(space, harm, {"c": cost}, [Limit("c", 5.0)]).solve()
+    best = min(
+        (totals(space, harm, row[None])[0], row.tolist())
+        for row in space.enumerate()
+        if totals(space, cost, row[None])[0] <= 5
+    )
+    assert solution.harm == best[0]
+    assert solution.optimal
+
+
+def test_what_can_not_be_kept_is_said_with_what_is_reachable() -> None:
+    space = Space([ordinal("a", 1, 2), ordinal("b", 1, 2)])
+    harm = [Factor(("a",), np.array([1.0, 0.0])), Factor(("b",), np.array([1.0, 0.0]))]
+    cost = [Factor((), np.array(0.5)), Factor(("a", "b"), np.array([[1.0, 2.0], [2.0, 4.0]]))]
+    other = [Factor(("a",), np.array([9.0, 1.0]))]
+    costs = {"latency_ms": cost, "bytes": other}
+    with pytest.raises(BudgetError, match=r"latency_ms <= 1 can't be kept: .* reachable is 1\.5"):
+        Program(space, harm, costs, [Limit("latency_ms", 1.0), Limit("bytes", 20.0)]).solve()
+    with pytest.raises(
+        BudgetError, match=r"together: .*latency_ms .*kept is 2\.5; .*bytes .* is 9"
+    ):
+        Program(space, harm, costs, [Limit("latency_ms", 1.6), Limit("bytes", 2.0)]).solve()
+    with pytest.raises(BudgetError, match="greedy"):
+        Program(space, harm, costs, [Limit("latency_ms", 1.0)]).greedy()
+    allowed = Program(space, harm, costs, [Limit("latency_ms", 2.5)]).solve()
+    assert allowed.costs["latency_ms"] == 2.5  # exactly at the limit
+
+
+def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    space = Space([choice("a", "x", "y"), ordinal("b", 1, 2, 3)])
+    fine = [Factor(("a",), np.zeros(2))]
+    with pytest.raises(SpaceError, match="Did you mean 'b'"):
+        Program(space, [Factor(("bb",), np.zeros(3))], {})
+    with pytest.raises(SpaceError, match=r"shape \(2, 3\)"):
+        Program(space, [Factor(("a", "b"), np.zeros((3, 2)))], {})
+    with pytest.raises(SpaceError, match="NaN"):
+        Factor(("a",), np.array([0.0, math.nan]))
+    with pytest.raises(BudgetError, match="unknown cost"):
+        Program(space, fine, {"params": fine}, [Limit("param", 1.0)])
+    with pytest.raises(BudgetError, match="resolve it"):
+        Program(space, fine, {"params": fine}, [Limit("params", 0.5, relative=True)])
+    with pytest.raises(EspalierError, match="'lr' is real: use search"):
+        Program(Space([real("lr", 0, 1)]), [], {})
+
+
+def test_forbidden_combinations_and_the_way_through_json() -> None:
+    space = Space([ordinal("a", 1, 2, 3), ordinal("b", 1, 2)])
+    values = np.array([[math.inf, 2.0], [math.inf, math.inf], [5.0, 3.0]])
+    factor = Factor(("a", "b"), values, name="layer")
+    again = Factor.from_json(json.loads(json.dumps(factor.to_json())))
+    assert (again.values == values).all()
+    assert (again.decisions, again.name, again.peak) == (("a", "b"), "layer", False)
+    solution = Program(space, [again], {}).solve()
+    assert (dict(solution.candidate), solution.harm) == ({"a": 1, "b": 2}, 2.0)
+    worse = Program(space, [factor], {}).solve(forbidden=[solution.candidate])
+    assert dict(worse.candidate) == {"a": 3, "b": 2}
+
+
+def test_costs_of_a_family_as_factors_are_what_the_cost_estimates() -> None:
+    family = MobileNet(
+        (1, 8, 8), 10, 8, stem=8, widths=[8, (8, 16), 16], depth=(1, 2), kernel=3, head=32
+    )
+    rows = family.space.sample(50, np.random.default_rng(0))
+    cost = Counts(family)
+    counted = cost.estimate_codes(rows)
+    for metric in counted:
+        factors = cost_factors(family, metric, cost)
+        assert len(factors) > 1
+        assert (totals(family.space, factors, rows) == counted[metric]).all()
+    with pytest.raises(EspalierError, match="unknown metric"):
+        cost_factors(family, "latency_ms")
