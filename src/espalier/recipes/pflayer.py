@@ -34,7 +34,7 @@ Widths = tuple[int, ...]
 class Plan:
     """Data, training of every network, sizes; whether latency is measured."""
 
-    task: str = "cifar10:size=16,train=4000,validation=500,test=4000"
+    task: str = "cifar10:size=16,train=3000,validation=500,test=4000"
     training: Training = field(default_factory=lambda: Training(epochs=14, lr=0.2))
     times: int = 1  # trainings of every network
     widths: Widths = (32, 64, 64)
@@ -179,8 +179,8 @@ A bottleneck's 3x3 convolution has most of its multiply-accumulates and weights.
 costs memory traffic only; the 1x1 convolutions around it still mix channels, and the pools that are
 left still look at neighbours.
 
-Narrowing is done in steps of 4 channels, to the widest network that is not slower than the one that
-pools. Everything is trained from scratch in the same way.
+Narrowing is done in steps of 4 channels, all of them timed, to the widest network that is not slower
+than the one that pools. Everything is trained from scratch in the same way.
 
 Differs from the paper: the half is a rule and not searched for, and the networks are small. At smoke
 scale latency is a formula, so that trials don't hang on the machine.
