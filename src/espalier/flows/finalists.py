@@ -10,6 +10,7 @@ import numpy as np
 
 from espalier.errors import BudgetError
 from espalier.flows.job import Job
+from espalier.flows.measuring import Measuring
 from espalier.flows.pricing import hand_scaled
 from espalier.space import Candidate
 from espalier.study import Trial
@@ -23,7 +24,7 @@ _PAUSE = 2.0  # seconds
 
 
 def first_within(
-    job: Job,
+    job: Measuring,
     candidates: Iterable[Candidate],
     count: int,
     taken: Sequence[Candidate] = (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from espalier import train
 from espalier.errors import StudyError
 from espalier.flows.evaluate import Finish, Start
 from espalier.flows.job import Job
+from espalier.flows.measuring import Measuring
 from espalier.flows.plan import fit_epochs
 from espalier.flows.weights import trained_network, weights_path
 from espalier.problem import Reading, front
@@ -87,9 +88,18 @@ def _entry(job: Job, candidate: Candidate, start: Start, final: dict[str, Readin
     """Measures the trained network, tests it once, and puts all its numbers together."""
     weights = weights_path(job.study.folder, candidate, start)
     network = trained_network(job.family, candidate, weights)
+    return whole_entry(job, candidate, network, start, final)
+
+
+def whole_entry(
+    job: Measuring, candidate: Candidate, network: torch.nn.Module, start: str,
+    final: Mapping[str, Reading],
+) -> Entry:  # fmt: skip
+    """A row of the result: prices, the latency measured again, `final`, the test read once."""
     metrics = dict(job.price(candidate))
-    metrics["latency_ms_predicted"] = metrics["latency_ms"]
-    metrics["latency_ms"] = _settled(job, candidate, network)
+    if "latency_ms" in metrics:
+        metrics["latency_ms_predicted"] = metrics["latency_ms"]
+    metrics["latency_ms"] = job.settled(candidate, network)
     metrics.update(final)
     if candidate in job.estimates:
         metrics[f"{job.quality.name}_estimated"] = job.estimates[candidate]
@@ -100,22 +110,6 @@ def _entry(job: Job, candidate: Candidate, start: Start, final: dict[str, Readin
         if metric.name in tested:
             metrics[metric.name] = Reading(tested[metric.name], metric.unit, "measured", "test")
     return Entry(candidate, "", metrics, start)
-
-
-def _settled(job: Job, candidate: Candidate, network: torch.nn.Module) -> Reading:
-    """The trained network's latency; where it lands over the limit and the first measurement
-    did not, the median of four decides."""
-    reading = job.measured(candidate, network, "latency-trained")
-    price = job.price(candidate)
-    if job.keeps({**price, "latency_ms": reading}):
-        return reading
-    again = [job.measured(candidate, network, f"latency-trained-{i}") for i in range(2)]
-    all_four = sorted(
-        [job.measured(candidate, None, "latency"), reading, *again], key=lambda r: r.value
-    )
-    middle = all_four[1:3]
-    value = sum(r.value for r in middle) / 2
-    return replace(reading, value=value, spread=all_four[-1].value - all_four[0].value)
 
 
 def non_dominated(job: Job, entries: Sequence[Entry]) -> list[Entry]:

@@ -14,6 +14,7 @@ from espalier import train
 from espalier.costs import Cost, OnnxRuntime, PredictedLatency
 from espalier.estimators import Estimator, OneShot, Trained
 from espalier.flows.evaluate import Score
+from espalier.flows.measuring import Measuring
 from espalier.flows.plan import Plan, make_plan
 from espalier.flows.pricing import Pricing, hand_scaled
 from espalier.flows.progress import Display
@@ -21,7 +22,7 @@ from espalier.flows.relaxing import Drawn, relax_shared
 from espalier.flows.speed import FewBatches, threads, timed_second
 from espalier.flows.weights import derive, load_weights, save_weights
 from espalier.nets import Family
-from espalier.problem import Limit, Metric, Problem, Reading, SearchBudget
+from espalier.problem import Limit, Problem, Reading, SearchBudget
 from espalier.solvers import strategies
 from espalier.solvers.relax import Relaxed
 from espalier.solvers.strategies import Strategy
@@ -34,7 +35,7 @@ MakeStrategy = Callable[[Space, int], Strategy]
 
 
 @dataclass
-class Job:
+class Job(Measuring):
     """Everything a search works with."""
 
     family: Family
@@ -67,16 +68,6 @@ class Job:
     def shared(self) -> bool:
         """Whether candidates are scored on shared weights."""
         return self.own_estimator is None and hasattr(self.family, "activate")
-
-    @property
-    def quality(self) -> Metric:
-        """What the search makes best."""
-        return self.task.metrics[0]
-
-    @property
-    def axis(self) -> str:
-        """The cost that spans the front: the first that is limited, else latency."""
-        return self.limits[0].metric if self.limits else "latency_ms"
 
     @property
     def problem(self) -> Problem:
@@ -229,44 +220,3 @@ class Job:
         return ", ".join(
             f"{n} {metrics[n].value:.4g} ({metrics[n].how})" for n in shown if n in metrics
         )
-
-    # --- from trials to finalists ----------------------------------------------------------
-
-    def price(self, candidate: Candidate) -> dict[str, Reading]:
-        """Every counted or predicted cost of one candidate."""
-        return self.pricing(self.family.space.encode([candidate])).readings()[0]
-
-    def measured(self, candidate: Candidate, network: torch.nn.Module | None, key: str) -> Reading:
-        """The latency on the real runtime, measured once a study and key, then read."""
-
-        def measure() -> dict[str, Any]:
-            built = self.family.build(candidate) if network is None else network
-            timing = self.runtime.measure(built.eval(), self.family.example(self.runtime.batch))
-            return {
-                "value": timing.median_ms,
-                "spread": timing.spread * timing.median_ms,
-                "p90": timing.p90_ms,
-                "runs": timing.runs,
-                "busy": timing.busy,
-            }
-
-        got = self.study.once(f"{key}/{candidate.id}", measure)
-        return Reading(got["value"], "ms", "measured", "", got["spread"])
-
-    def busy(self, candidate: Candidate) -> bool:
-        """Whether other work disturbed the measurement of the trained network."""
-        return bool(self.study.once(f"latency-trained/{candidate.id}", dict).get("busy"))
-
-    def keeps(self, readings: dict[str, Reading], margin: float = 1.0) -> bool:
-        """Whether the readings keep every limit; measured latency within `margin` of its own."""
-        for limit in self.limits:
-            bound = limit.bound
-            if readings[limit.metric].how == "measured" and limit.op == "<=":
-                bound *= margin
-            if replace(limit, bound=bound).violation([readings[limit.metric].value])[0] > 0:
-                return False
-        return True
-
-    def spent(self) -> float:
-        """Seconds that this study took so far, over all its runs."""
-        return sum(self.study.phase_seconds().values()) + time.time() - self.phase_started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from espalier.solvers.relax.collapse import without_weights
 from espalier.study import Study, Trial
 
 if TYPE_CHECKING:
+    from espalier.flows.answer import Answer
     from espalier.flows.finals import Entry
     from espalier.flows.found import Found
     from espalier.flows.job import Job
+    from espalier.flows.measuring import Measuring
 
 
 def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float) -> dict[str, Any]:
@@ -52,12 +54,12 @@ def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float)
         "decisions": decision_effects(job, trials),
         "network": network_rows(job, found),
         "verdicts": verdicts(job, found),
-        "notes": [*job.study.notes, *disturbances(job, found)],
+        "notes": [*job.study.notes, *disturbances(job, job.predicted.error, found.best)],
         "reproduce": reproduce(job),
     }
 
 
-def question(job: Job) -> dict[str, Any]:
+def question(job: Measuring) -> dict[str, Any]:
     """What was asked: task, family, limits, runtime, machine, seed, budget."""
     return {
         "task": {
@@ -173,7 +175,7 @@ def decision_effects(job: Job, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
-def network_rows(job: Job, found: Found) -> list[dict[str, Any]]:
+def network_rows(job: Measuring, found: Answer) -> list[dict[str, Any]]:
     """The chosen network layer by layer, with the stage each layer belongs to."""
     rows = []
     for row in layers(found.network(), job.family.example()):
@@ -183,10 +185,7 @@ def network_rows(job: Job, found: Found) -> list[dict[str, Any]]:
 
 
 def verdicts(job: Job, found: Found) -> list[str]:
-    """Plain words where a baseline is not worse than what was found."""
-    sign = 1.0 if job.quality.goal == "max" else -1.0
-    name = job.quality.name
-    ours = sign * found.best.metrics[name].value
+    """Plain words where a baseline is missing, or not worse than what was found."""
     notes = []
     if not any(e.name == "random search" for e in found.baselines):
         refused = job.study.refused("random")
@@ -194,26 +193,35 @@ def verdicts(job: Job, found: Found) -> list[str]:
             f"Random search found nothing within the limits: {refused['refused']} of the "
             f"{refused['asked']} candidates that it drew break them by price."
         )
-    for other in found.baselines:
+    return [*notes, *beaten(job, found.best, found.baselines)]
+
+
+def beaten(job: Measuring, best: Entry, baselines: Sequence[Entry]) -> list[str]:
+    """Plain words where a baseline is not worse than the best on the test split."""
+    sign = 1.0 if job.quality.goal == "max" else -1.0
+    name = job.quality.name
+    ours = sign * best.metrics[name].value
+    notes = []
+    for other in baselines:
         theirs = sign * other.metrics[name].value
         if theirs >= ours:
             word = "equals" if theirs == ours else "beats"
             notes.append(
                 f"{other.name} {word} the found network on test {name}: "
-                f"{other.metrics[name].value:.4f} against {found.best.metrics[name].value:.4f}."
+                f"{other.metrics[name].value:.4f} against {best.metrics[name].value:.4f}."
             )
     return notes
 
 
-def disturbances(job: Job, found: Found) -> list[str]:
-    """Plain words where other work on the machine may have spoiled a measured number."""
+def disturbances(job: Measuring, error: Mapping[str, Any], best: Entry) -> list[str]:
+    """Plain words where other work on the machine may have spoiled a measured number; `error` is
+    that of the latency table, empty where there is none."""
     notes = []
-    error = job.predicted.error
     if error.get("busy"):
         notes.append(f"Latency was calibrated on a busy machine: {error.get('reason')}.")
-    if job.busy(found.best.candidate):
+    if job.busy(best.candidate):
         notes.append("The machine was busy when the found network was measured.")
-    if job.predicted.error.get("within_10_percent", 1.0) < 0.5:
+    if error.get("within_10_percent", 1.0) < 0.5:
         notes.append(
             "The predicted latency is off by more than 10% for most held-out networks; "
             "limits were kept by measuring."

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from espalier.flows.finalists import select
 from espalier.flows.finals import finish
 from espalier.flows.found import Found
 from espalier.flows.job import Job, MakeStrategy
+from espalier.flows.measuring import free_folder, plain_runtime, withdraw
 from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
@@ -94,7 +94,7 @@ def search(
     if solver == "relax":
         check_relax(made, strategy, estimator)
     runtime = on or OnnxRuntime()
-    folder = Path(out) if out is not None else _free_folder(task, made)
+    folder = Path(out) if out is not None else free_folder(f"{task.name}-{made.name}")
     show = progress or Silent()
     own = tuple(c if isinstance(c, Cost) else c(made) for c in costs)
     counts = Counts(made)
@@ -121,35 +121,25 @@ def search(
             return _run(job, counts)
     except (BudgetError, StudyError):
         if not resume:
-            _withdraw(folder)
+            withdraw(folder)
         raise
-
-
-def _withdraw(folder: Path) -> None:
-    """Removes the ledger of a study that was refused before its first trial, so that the same
-    command with a mended limit can use the folder."""
-    with Study.open(folder) as study:
-        if study.trials():
-            return
-    for path in folder.glob("ledger.*"):
-        path.unlink()
 
 
 def _run(job: Job, counts: Counts) -> Found:
     started = time.time()
     torch.manual_seed(job.seed)
-    with _phase(job, "calibrate"):
+    with job.phase("calibrate"):
         _calibrate(job, counts)
         job.decide_plan()
-    with _phase(job, "supernet"):
+    with job.phase("supernet"):
         job.train_shared()
-    with _phase(job, "search"):
+    with job.phase("search"):
         searched = job.explore(job.drawn if job.relaxed else job.strategy, "search")
         if not any(t.state == "done" for t in searched):
             raise BudgetError(_none_within(job))
-    with _phase(job, "random"):
+    with job.phase("random"):
         by_chance = job.explore("random", "random")
-    with _phase(job, "final"):
+    with job.phase("final"):
         chosen = select(job, searched, by_chance)
         everyone = list(dict.fromkeys(itertools.chain(*chosen.values())))
         entries = finish(job, everyone)
@@ -184,17 +174,6 @@ def _none_within(job: Job) -> str:
         f"the search found no candidate within {', '.join(map(str, job.limits))} among "
         f"{refused['asked']} that it priced: raise a limit, or give it more trials"
     )
-
-
-@contextmanager
-def _phase(job: Job, name: str) -> Iterator[None]:
-    """Times a phase; the seconds of all runs of a study are added up."""
-    job.phase_started = time.time()
-    try:
-        yield
-    finally:
-        job.study.event("phase", name=name, seconds=time.time() - job.phase_started)
-        job.phase_started = time.time()
 
 
 def _family(family: FamilyLike, task: Task) -> Family:
@@ -247,22 +226,8 @@ def _identity(
         "task": task.name,
         "data": task.fingerprint,
         "limits": [str(x) for x in asked],
-        "runtime": _plain(runtime),
+        "runtime": plain_runtime(runtime),
         "strategy": strategy if isinstance(strategy, str) else strategy.__qualname__,
         "estimator": "default" if estimator is None else type(estimator).__qualname__,
         "seed": seed,
     }
-
-
-def _plain(runtime: OnnxRuntime) -> Mapping[str, Any]:
-    from dataclasses import asdict
-
-    return {k: v for k, v in asdict(runtime).items() if isinstance(v, (str, int, float, bool))}
-
-
-def _free_folder(task: Task, family: Family) -> Path:
-    for i in itertools.count(1):
-        folder = Path("runs") / f"{task.name}-{family.name}-{i}"
-        if not folder.exists():
-            return folder
-    raise AssertionError("unreachable")

@@ -152,6 +152,11 @@ class Ledger:
         rows = self._all("SELECT value FROM once WHERE key = ?", key)
         return (json.loads(rows[0][0]),) if rows else None
 
+    def recorded_all(self) -> dict[str, Any]:
+        """Everything that was recorded once, by its key."""
+        rows = self._all("SELECT key, value FROM once ORDER BY rowid")
+        return {key: json.loads(value) for key, value in rows}
+
     def record(self, key: str, value: Any) -> Any:
         """Records a value under a key, once; gives it as it will be read."""
         text = _dump(value)

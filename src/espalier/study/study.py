@@ -161,6 +161,10 @@ class Study:
         found = self._ledger.recorded(key)
         return found[0] if found is not None else self._ledger.record(key, compute())
 
+    def recorded(self) -> dict[str, Any]:
+        """Everything that was computed once, by its key."""
+        return self._ledger.recorded_all()
+
     def event(self, kind: str, /, **data: Any) -> None:
         """Records that something happened now."""
         self._ledger.event(kind, data)

@@ -1,0 +1,141 @@
+"""What every job does with candidates: prices them, measures them once, judges their limits."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from espalier.costs import OnnxRuntime
+from espalier.flows.pricing import Pricing
+from espalier.flows.progress import Display
+from espalier.nets import Family
+from espalier.problem import Limit, Metric, Reading, SearchBudget
+from espalier.space import Candidate
+from espalier.study import Study
+from espalier.tasks import Task
+
+
+class Measuring:
+    """The part that the jobs share. What is measured is recorded in the study, once a key."""
+
+    family: Family
+    task: Task
+    limits: tuple[Limit, ...]
+    runtime: OnnxRuntime
+    study: Study
+    seed: int
+    budget: SearchBudget
+    show: Display
+    pricing: Pricing
+    estimates: Mapping[Candidate, Reading]
+    phase_started: float
+
+    # --- what is asked ---------------------------------------------------------------------
+
+    @property
+    def quality(self) -> Metric:
+        """What is made best."""
+        return self.task.metrics[0]
+
+    @property
+    def axis(self) -> str:
+        """The cost that spans the front: the first that is limited, else latency."""
+        return self.limits[0].metric if self.limits else "latency_ms"
+
+    # --- numbers ---------------------------------------------------------------------------
+
+    def price(self, candidate: Candidate) -> dict[str, Reading]:
+        """Every counted or predicted cost of one candidate."""
+        return self.pricing(self.family.space.encode([candidate])).readings()[0]
+
+    def measured(self, candidate: Candidate, network: nn.Module | None, key: str) -> Reading:
+        """The latency on the real runtime, measured once a study and key, then read."""
+
+        def measure() -> dict[str, Any]:
+            built = self.family.build(candidate) if network is None else network
+            timing = self.runtime.measure(built.eval(), self.family.example(self.runtime.batch))
+            return {
+                "value": timing.median_ms,
+                "spread": timing.spread * timing.median_ms,
+                "p90": timing.p90_ms,
+                "runs": timing.runs,
+                "busy": timing.busy,
+            }
+
+        got = self.study.once(f"{key}/{candidate.id}", measure)
+        return Reading(got["value"], "ms", "measured", "", got["spread"])
+
+    def settled(self, candidate: Candidate, network: nn.Module) -> Reading:
+        """The trained network's latency; where it lands over the limit and the first measurement
+        did not, the median of four decides."""
+        reading = self.measured(candidate, network, "latency-trained")
+        price = self.price(candidate)
+        if self.keeps({**price, "latency_ms": reading}):
+            return reading
+        again = [self.measured(candidate, network, f"latency-trained-{i}") for i in range(2)]
+        all_four = sorted(
+            [self.measured(candidate, None, "latency"), reading, *again], key=lambda r: r.value
+        )
+        middle = all_four[1:3]
+        value = sum(r.value for r in middle) / 2
+        return replace(reading, value=value, spread=all_four[-1].value - all_four[0].value)
+
+    def busy(self, candidate: Candidate) -> bool:
+        """Whether other work disturbed the measurement of the trained network."""
+        return bool(self.study.once(f"latency-trained/{candidate.id}", dict).get("busy"))
+
+    def keeps(self, readings: Mapping[str, Reading], margin: float = 1.0) -> bool:
+        """Whether the readings keep every limit; measured latency within `margin` of its own."""
+        for limit in self.limits:
+            bound = limit.bound
+            if readings[limit.metric].how == "measured" and limit.op == "<=":
+                bound *= margin
+            if replace(limit, bound=bound).violation([readings[limit.metric].value])[0] > 0:
+                return False
+        return True
+
+    # --- time ------------------------------------------------------------------------------
+
+    def spent(self) -> float:
+        """Seconds that this study took so far, over all its runs."""
+        return sum(self.study.phase_seconds().values()) + time.time() - self.phase_started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase; the seconds of all runs of a study are added up."""
+        self.phase_started = time.time()
+        try:
+            yield
+        finally:
+            self.study.event("phase", name=name, seconds=time.time() - self.phase_started)
+            self.phase_started = time.time()
+
+
+# --- a study's folder and identity ---------------------------------------------------------------
+
+
+def plain_runtime(runtime: OnnxRuntime) -> dict[str, Any]:
+    """The runtime's settings as JSON: part of what a study is about."""
+    return {k: v for k, v in asdict(runtime).items() if isinstance(v, (str, int, float, bool))}
+
+
+def free_folder(stem: str) -> Path:
+    """A folder under `runs/` that is not there yet."""
+    return next(p for i in itertools.count(1) if not (p := Path("runs") / f"{stem}-{i}").exists())
+
+
+def withdraw(folder: Path) -> None:
+    """Removes the ledger of a study that was refused before its first trial, so that the same
+    command with a mended limit can use the folder."""
+    with Study.open(folder) as study:
+        if study.trials():
+            return
+    for path in folder.glob("ledger.*"):
+        path.unlink()
