@@ -1,0 +1,193 @@
+"""Groups of coupled channels: what must be cut together, wherever a model keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.compress.cut import Ignored
+from espalier.compress.labelling import Owned, Trace
+from espalier.compress.labels import Whole
+from espalier.compress.narrow import Rows, narrow
+
+Kept = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dim of one tensor that a group cuts: `rows` `(units, count)` are the places of each unit.
+
+    `owners` are (module path, attribute), several where modules share the tensor. `consumed` says
+    that a weight contracts over this dim: it is the input side of a layer that reads the group.
+    """
+
+    owners: tuple[tuple[str, str], ...]
+    dim: int
+    rows: Tensor
+    consumed: bool
+
+    @property
+    def path(self) -> str:
+        """The module's path."""
+        return self.owners[0][0]
+
+    @property
+    def tensor(self) -> str:
+        """The name of the parameter or buffer within its module: "weight"."""
+        return self.owners[0][1]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A whole number on a module that counts a group's units or channels: `num_heads`."""
+
+    path: str
+    name: str
+    value: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units (channels, or heads) that are cut one by one, each from all members at once.
+
+    `name` is the path of the first layer that produces them. `heads`: a unit is an attention head,
+    with grouped queries a group of heads that share keys and values. `averaged`: a norm or a mean
+    is taken over the channels, so that a cut changes it.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+    heads: bool = False
+    averaged: bool = False
+    numbers: tuple[Scaled, ...] = ()
+
+    @property
+    def producer(self) -> Member:
+        """The member that the group is named for."""
+        return next(m for m in self.members if m.path == self.name.split("#")[0] and not m.consumed)
+
+    def scaled(self, number: Scaled, kept: int) -> int:
+        """A number of `numbers` where `kept` units are left."""
+        return number.value * kept // self.units
+
+
+def cut(model: nn.Module, groups: Mapping[str, Group], kept: Kept) -> None:
+    """Leave only the kept units (ascending indices by group) of a model, in place.
+
+    Parameters that modules share stay shared.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared: dict[int, Tensor] = {}
+    for path, rows in kept_rows(groups, kept).items():
+        narrow(modules[path], rows, shared)
+    for name, units in kept.items():
+        for number in groups[name].numbers:
+            value = groups[name].scaled(number, len(units))
+            setattr(modules[number.path], number.name, value)
+
+
+def kept_rows(groups: Mapping[str, Group], kept: Kept) -> dict[str, Rows]:
+    """For each module what stays of its tensors: attribute -> dim -> ascending rows."""
+    gone: dict[tuple[str, str, int], list[Tensor]] = {}
+    for name, units in kept.items():
+        group = groups[name]
+        if len(units) == group.units:
+            continue
+        left = torch.ones(group.units, dtype=torch.bool)
+        left[units] = False
+        for member in group.members:
+            for path, tensor in member.owners:
+                gone.setdefault((path, tensor, member.dim), []).append(member.rows[left].flatten())
+    found: dict[str, Rows] = {}
+    for (path, tensor, dim), rows in gone.items():
+        found.setdefault(path, {}).setdefault(tensor, {})[dim] = torch.cat(rows)
+    return found
+
+
+def grouped(trace: Trace) -> tuple[list[Group], dict[int, str], list[Ignored]]:
+    """The groups that a trace tells, in the order in which their channels are first made.
+
+    Also the group of every label that has one, and the layers whose outputs are never cut.
+    """
+    root, why = trace.labels.classes()
+    averaged = _averaged(trace, root)
+    attended = set(root[sorted(trace.attended)].tolist()) if trace.attended else set()
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    places = _places(trace, root, why)
+    for label in sorted(places):
+        found = places[label]
+        alike.setdefault(tuple((i, len(rows)) for i, rows in found.items()), []).append(label)
+    groups: list[Group] = []
+    of: dict[int, str] = {}
+    for signature, labels in alike.items():
+        members = tuple(
+            _member(trace, i, [places[label][i] for label in labels]) for i, _ in signature
+        )
+        made = [m for m, (i, _) in zip(members, signature, strict=True) if _produces(trace, i, m)]
+        if made:
+            name = _unused(made[0].path or made[0].tensor, groups)
+            heads = bool(attended & set(labels))
+            groups.append(Group(name, len(labels), members, heads, bool(averaged & set(labels))))
+            of.update(dict.fromkeys(labels, name))
+    return (
+        groups,
+        {int(x): of[int(r)] for x, r in enumerate(root) if int(r) in of},
+        _locked(trace, why),
+    )
+
+
+def _places(trace: Trace, root: Whole, why: Whole) -> dict[int, dict[int, list[int]]]:
+    """For each free class: owned dim -> rows."""
+    places: dict[int, dict[int, list[int]]] = {}
+    for i, owned in enumerate(trace.owned):
+        span = slice(owned.start, owned.start + owned.size)
+        for row in np.flatnonzero(why[span] < 0).tolist():
+            places.setdefault(int(root[owned.start + row]), {}).setdefault(i, []).append(row)
+    return places
+
+
+def _averaged(trace: Trace, root: Whole) -> set[int]:
+    found: set[int] = set()
+    for field, dims in trace.averaged:
+        if trace.labels.varying(field) & dims:
+            found |= set(root[np.unique(field.numpy())].tolist())
+    return found
+
+
+def _member(trace: Trace, index: int, rows: Sequence[list[int]]) -> Member:
+    owned = trace.owned[index]
+    consumed = owned.start in trace.consumed
+    return Member(owned.owners, owned.dim, torch.tensor(rows), consumed)
+
+
+def _produces(trace: Trace, index: int, member: Member) -> bool:
+    return not member.consumed and trace.owned[index].rank > 1
+
+
+def _unused(path: str, groups: Sequence[Group]) -> str:
+    taken = {g.name for g in groups}
+    names = [path, *(f"{path}#{i}" for i in range(2, len(taken) + 3))]
+    return next(n for n in names if n not in taken)
+
+
+def _locked(trace: Trace, why: Whole) -> list[Ignored]:
+    """Layers none of whose outputs can be cut, and why."""
+    found = []
+    for owned in trace.owned:
+        if owned.rank > 1 and owned.dim == _outputs(trace, owned):
+            reasons = why[owned.start : owned.start + owned.size]
+            if (reasons >= 0).all():
+                path, tensor = owned.owners[0]
+                found.append(Ignored(path or tensor, "width", trace.labels.reasons[reasons[0]]))
+    return found
+
+
+def _outputs(trace: Trace, owned: Owned) -> int:
+    """The dim of a weight that makes its outputs: the first that isn't contracted."""
+    same = [o for o in trace.owned if o.owners == owned.owners and o.dim < 2]
+    return next((o.dim for o in same if o.start not in trace.consumed), -1)

@@ -1,0 +1,114 @@
+"""Cutting a module's own tensors, and the numbers that the module keeps about their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Rows = dict[str, dict[int, Tensor]]  # attribute -> dim -> rows that go
+
+
+def narrow(module: nn.Module, gone: Rows, shared: dict[int, Tensor] | None = None) -> None:
+    """Drop rows of a module's own parameters and buffers, in place; its numbers follow.
+
+    `shared` (id of the tensor before -> the tensor after) keeps tensors shared among modules.
+    """
+    before = {name: tuple(getattr(module, name).shape) for name in gone}
+    for name, dims in gone.items():
+        old = getattr(module, name)
+        new = None if shared is None else shared.get(id(old))
+        if new is None:
+            new = _without(old, dims)
+            if shared is not None:
+                shared[id(old)] = new
+                shared[id(new)] = new  # met again by another path to the same module
+        kind = module._parameters if name in module._parameters else module._buffers
+        kind[name] = new  # type: ignore[assignment]
+    for types, resize in _RESIZE.items():
+        if isinstance(module, types):
+            resize(module)
+            return
+    _resize_other(module, before)
+
+
+def _without(tensor: Tensor, dims: dict[int, Tensor]) -> Tensor:
+    data = tensor.detach()
+    for dim, rows in dims.items():
+        stay = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        stay[rows] = False
+        data = data.index_select(dim, stay.nonzero().flatten().to(data.device))
+    data = data.contiguous()
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _conv(m: nn.Module) -> None:
+    assert isinstance(m, nn.modules.conv._ConvNd)
+    shape = m.weight.shape
+    if m.transposed:
+        m.in_channels, m.out_channels = shape[0], shape[1] * m.groups
+    elif m.groups > 1 and m.groups == m.in_channels:
+        times = m.out_channels // m.in_channels
+        m.out_channels, m.in_channels, m.groups = shape[0], shape[0] // times, shape[0] // times
+    else:
+        m.out_channels, m.in_channels = shape[0], shape[1] * m.groups
+
+
+def _linear(m: nn.Module) -> None:
+    assert isinstance(m, nn.Linear)
+    m.out_features, m.in_features = m.weight.shape
+
+
+def _batch_norm(m: nn.Module) -> None:
+    assert isinstance(m, nn.modules.batchnorm._NormBase)
+    known = m.weight if m.weight is not None else m.running_mean
+    m.num_features = len(known) if known is not None else m.num_features
+
+
+def _group_norm(m: nn.Module) -> None:
+    assert isinstance(m, nn.GroupNorm)
+    if m.num_groups == m.num_channels:
+        m.num_groups = len(m.weight)
+    m.num_channels = len(m.weight)
+
+
+def _layer_norm(m: nn.Module) -> None:
+    assert isinstance(m, (nn.LayerNorm, nn.RMSNorm))
+    m.normalized_shape = tuple(m.weight.shape)
+
+
+def _embedding(m: nn.Module) -> None:
+    assert isinstance(m, nn.Embedding)
+    m.embedding_dim = m.weight.shape[1]
+
+
+def _prelu(m: nn.Module) -> None:
+    assert isinstance(m, nn.PReLU)
+    m.num_parameters = len(m.weight)
+
+
+_RESIZE: dict[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module], None]] = {
+    nn.modules.conv._ConvNd: _conv,
+    nn.Linear: _linear,
+    nn.modules.batchnorm._NormBase: _batch_norm,
+    nn.GroupNorm: _group_norm,
+    (nn.LayerNorm, nn.RMSNorm): _layer_norm,
+    nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
+}
+
+
+def _resize_other(module: nn.Module, before: dict[str, tuple[int, ...]]) -> None:
+    """A module of the user's: numbers that can only be the size of a dim that was cut."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.dim() == 2 and {"nx", "nf"} <= set(vars(module)):
+        module.nx, module.nf = weight.shape  # type: ignore[assignment]  # GPT-2's transposed linear
+        return
+    changed: dict[int, set[int]] = {}
+    for name, shape in before.items():
+        for old, new in zip(shape, getattr(module, name).shape, strict=True):
+            changed.setdefault(old, set()).add(new)
+    for name, value in list(vars(module).items()):
+        if type(value) is int and len(changed.get(value, ())) == 1:
+            setattr(module, name, changed[value].copy().pop())

@@ -1,0 +1,141 @@
+"""Does a cut model compute what the original does without those channels? Groups that don't are
+left alone.
+
+The reference is the original with zeros where layers read the channels that go. It is exact except
+where a norm or a mean is taken over the channels: those groups must only run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from espalier.compress.cut import Ignored
+from espalier.compress.groups import Group, Scaled, cut
+from espalier.compress.labelling import evaluated, outputs
+
+SIZES = ("dim", "size", "channel", "feature", "embed", "width", "inner", "hidden", "planes")
+
+
+def proven(
+    model: nn.Module, example: Tensor, groups: Sequence[Group]
+) -> tuple[list[Group], list[Ignored]]:
+    """The groups that can be cut, with the numbers on modules that must follow; and the others."""
+    first = [next(_plans(model, group)) for group in groups]
+    if not _fault(model, example, first):
+        return first, []
+    sound: list[Group] = []
+    ignored = []
+    for group in groups:
+        fault = ""
+        for plan in _plans(model, group):
+            found = _fault(model, example, [*sound, plan])
+            if not found:
+                sound.append(plan)
+                break
+            fault = fault or found
+        else:
+            ignored.append(Ignored(group.name, "width", fault))
+    return sound, ignored
+
+
+def _plans(model: nn.Module, group: Group) -> Iterator[Group]:
+    """The group with the likely sets of numbers that follow it, the likeliest first."""
+    heads, sizes = _numbers(model, group)
+    plans = [heads, [], heads + sizes, sizes] if group.heads else [[], sizes, heads, heads + sizes]
+    seen: list[list[Scaled]] = []
+    for plan in plans:
+        if plan not in seen:
+            seen.append(plan)
+            yield replace(group, numbers=tuple(plan))
+
+
+def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]]:
+    """Whole numbers on the modules around a group's layers: counts of heads, counts of channels."""
+    modules = dict(model.named_modules())
+    paths = {path for m in group.members for path, _ in m.owners}
+    around = sorted(
+        {p.rpartition(".")[0] for p in paths if p} | {p for p in paths if _owner(modules[p])}
+    )
+    totals = {m.rows.numel() for m in group.members}
+    heads, sizes = [], []
+    for path in around:
+        for name, value in vars(modules[path]).items():
+            if type(value) is not int or name.startswith("_") or value < 2:
+                continue
+            if "head" in name and not any(s in name for s in ("dim", "size", "group")):
+                if value % group.units == 0:
+                    heads.append(Scaled(path, name, value))
+            elif value in totals and any(s in name for s in SIZES):
+                sizes.append(Scaled(path, name, value))
+    return heads, sizes
+
+
+def _owner(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _fault(model: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
+    """What is wrong with cutting half of all these groups, in one line; "" for nothing."""
+    named = {g.name: g for g in groups}
+    rng = torch.Generator().manual_seed(0)
+    kept = {
+        g.name: torch.randperm(g.units, generator=rng)[: max(1, g.units // 2)].sort().values
+        for g in groups
+    }
+    exact = {name: units for name, units in kept.items() if not named[name].averaged}
+    try:
+        fault = _differs(model, example, named, exact)
+        if not fault and len(exact) < len(kept):
+            _outputs(model, example, named, kept)
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        return f"a cut model does not run: {line[:150] or type(error).__name__}"
+    return fault
+
+
+def _outputs(
+    model: nn.Module, example: Tensor, groups: dict[str, Group], kept: dict[str, Tensor]
+) -> list[Tensor]:
+    network = copy.deepcopy(model)
+    cut(network, groups, kept)
+    with evaluated(network), torch.no_grad():
+        return outputs(network(example))
+
+
+def _differs(
+    model: nn.Module, example: Tensor, groups: dict[str, Group], kept: dict[str, Tensor]
+) -> str:
+    if not kept:
+        return ""
+    wanted = without(model, groups, kept)
+    with evaluated(wanted), torch.no_grad():
+        expected = outputs(wanted(example))
+    for a, b in zip(_outputs(model, example, groups, kept), expected, strict=True):
+        if a.shape != b.shape:
+            return f"a cut model gives the shape {tuple(a.shape)} for {tuple(b.shape)}"
+        if not a.is_floating_point():
+            continue
+        close = 10 * torch.finfo(a.dtype).eps ** 0.5 * b.abs().nan_to_num().max().item() + 1e-30
+        if not torch.allclose(a, b, rtol=0, atol=close, equal_nan=True):
+            return "a cut model computes something else than the original without these channels"
+    return ""
+
+
+def without(model: nn.Module, groups: dict[str, Group], kept: dict[str, Tensor]) -> nn.Module:
+    """A copy of the model of full size in which nothing reads the units that go."""
+    network = copy.deepcopy(model)
+    for name, units in kept.items():
+        group = groups[name]
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[units] = False
+        readers = [m for m in group.members if m.consumed] or list(group.members)
+        for member in readers:
+            tensor = getattr(network.get_submodule(member.path), member.tensor)
+            with torch.no_grad():
+                tensor.index_fill_(member.dim, member.rows[gone].flatten().to(tensor.device), 0)
+    return network

@@ -1,0 +1,192 @@
+"""How many channels, or heads, of each group stay."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.compress.cut import BoundCut, Cut, Ignored
+from espalier.compress.groups import Group, cut, grouped, kept_rows
+from espalier.compress.importance import KINDS, scores
+from espalier.compress.labelling import followed
+from espalier.compress.labels import thin
+from espalier.compress.narrow import narrow
+from espalier.compress.proof import proven
+from espalier.errors import EspalierError, unknown
+from espalier.space import Decision, Ordinal
+from espalier.space.options import Option
+
+PREFIX = "width:"
+
+
+@dataclass(frozen=True)
+class Widths(Cut):
+    """Channels and heads, one decision a group of coupled ones; an option is how many units stay.
+
+    - `multiple`: channels left are a multiple of this; by default of 8 in groups of 32 or more, of 4
+      in groups of 16 or more, so that kernels run at full speed. Heads count one by one.
+    - `least`: the least share that may be left. `steps`: options of a decision, at the most.
+    - `importance`: which channels go first ("magnitude", "bn", "taylor", "activation", see
+      `importance.scores`). The last two need data: until `with_scores` the order is by magnitude.
+    - `scores`: importance of each unit by group, from elsewhere.
+    - `heads`: whether attention heads are cut.
+
+    Errors: `EspalierError` for settings out of range, and for models that can't be run.
+    """
+
+    multiple: int | None = None
+    least: float = 0.125
+    steps: int = 8
+    importance: str = "taylor"
+    scores: Mapping[str, Tensor] | None = None
+    heads: bool = True
+    kind: ClassVar[str] = "width"
+
+    def __post_init__(self) -> None:
+        if self.importance not in KINDS:
+            raise EspalierError(unknown("importance", self.importance, KINDS))
+        if not 0 < self.least <= 1:
+            raise EspalierError(f"least is a share above 0, at most 1, got {self.least!r}")
+        if self.steps < 2:
+            raise EspalierError(f"steps counts options, at least 2, got {self.steps!r}")
+        if self.multiple is not None and self.multiple < 1:
+            raise EspalierError(f"multiple is a whole number from 1, got {self.multiple!r}")
+
+    def bind(self, model: nn.Module, example: Tensor) -> BoundWidths:
+        """The groups of a model, found by one run on the example's first two rows."""
+        example = example[:2]
+        trace = followed(model, example)
+        found, of, ignored = grouped(trace)
+        wanted, options = [], {}
+        for group in found:
+            reason = self._unwanted(group)
+            if reason:
+                ignored.append(Ignored(group.name, "width", reason))
+            else:
+                wanted.append(group)
+                options[group.name] = self.options(group)
+        groups, failed = proven(model, example, wanted)
+        named = {g.name: g for g in groups}
+        ends = {
+            path: tuple(
+                dict.fromkeys(n for f in sides[0] + sides[1] for n in _of(f, of) if n in named)
+            )
+            for path, sides in trace.ends.items()
+        }
+        kind = self.importance if self.importance == "bn" else "magnitude"
+        given = scores(model, named, kind)
+        given.update({k: v for k, v in (self.scores or {}).items() if k in named})
+        return BoundWidths.made(
+            named, {n: options[n] for n in named}, tuple(ignored + failed), ends, given
+        )
+
+    def _unwanted(self, group: Group) -> str:
+        if group.units < 2:
+            return "its channels can only go all at once"
+        if group.heads and not self.heads:
+            return "attention heads are left alone (heads=False)"
+        if len(self.options(group)) < 2:
+            return f"too few channels for a multiple of {self.multiple}"
+        return ""
+
+    def options(self, group: Group) -> tuple[int, ...]:
+        """How many units may stay, ascending; the last is all."""
+        unit = group.producer.rows.shape[1]
+        step = 1
+        if not group.heads:
+            total = group.units * unit
+            wanted = self.multiple or (8 if total >= 32 else 4 if total >= 16 else 1)
+            step = wanted // math.gcd(wanted, unit)
+        least = max(1, math.ceil(self.least * group.units / step)) * step
+        places = torch.linspace(self.least * group.units, group.units, self.steps)
+        counts = {max(least, round(float(p) / step) * step) for p in places}
+        return (*sorted(c for c in counts if c < group.units), group.units)
+
+
+def _of(labels: Tensor, of: Mapping[int, str]) -> Iterable[str]:
+    return [of[x] for x in np.unique(thin(labels)[0].numpy()).tolist() if x in of]
+
+
+@dataclass(frozen=True)
+class BoundWidths(BoundCut):
+    """Widths of one model: `groups`, and in `order` each group's units, most important first."""
+
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    order: Mapping[str, Tensor] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
+    ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def made(
+        cls,
+        groups: Mapping[str, Group],
+        options: Mapping[str, tuple[int, ...]],
+        ignored: tuple[Ignored, ...],
+        ends: Mapping[str, tuple[str, ...]],
+        given: Mapping[str, Tensor],
+    ) -> BoundWidths:
+        """Bound widths, ordered by scores."""
+        decisions = tuple(Ordinal(PREFIX + name, options[name]) for name in groups)
+        bound = cls(groups, {}, decisions, ignored, ends)
+        return bound.with_scores(given)
+
+    def with_scores(self, given: Mapping[str, Tensor]) -> BoundWidths:
+        """The same groups with their units in another order; groups without scores keep theirs.
+
+        Errors: `EspalierError` for an unknown group, or scores of another count than its units.
+        """
+        order = dict(self.order)
+        for name, values in given.items():
+            if name not in self.groups:
+                raise EspalierError(unknown("group", name, self.groups))
+            if values.shape != (self.groups[name].units,):
+                raise EspalierError(
+                    f"scores of {name} are one a unit, ({self.groups[name].units},), got "
+                    f"{tuple(values.shape)}"
+                )
+            order[name] = values.detach().cpu().argsort(descending=True, stable=True)
+        return replace(self, order=order)
+
+    def kept(self, choices: Mapping[str, Option]) -> dict[str, Tensor]:
+        """The units that stay, ascending, of each group that `choices` cut."""
+        found = {}
+        for name, group in self.groups.items():
+            count = choices.get(PREFIX + name, group.units)
+            if not isinstance(count, int) or not 1 <= count <= group.units:
+                raise EspalierError(f"{PREFIX}{name} keeps 1 to {group.units} units, got {count!r}")
+            if count < group.units:
+                found[name] = self.order[name][:count].sort().values
+        return found
+
+    def apply(self, model: nn.Module, choices: Mapping[str, Option]) -> None:
+        """Cut a deep copy of the bound model in place, to the chosen numbers of units."""
+        cut(model, self.groups, self.kept(choices))
+
+    def layers(self) -> Mapping[str, tuple[str, ...]]:
+        """Layer (its path) -> the decisions that decide its weights', inputs' or outputs' shape."""
+        found: dict[str, list[str]] = {path: list(names) for path, names in self.ends.items()}
+        for name, group in self.groups.items():
+            for member in group.members:
+                for path, _ in member.owners:
+                    found.setdefault(path, []).append(name)
+            for number in group.numbers:
+                found.setdefault(number.path, []).append(name)
+        return {p: tuple(PREFIX + n for n in dict.fromkeys(ns)) for p, ns in found.items() if ns}
+
+    def slice(self, name: str, layer: nn.Module, choices: Mapping[str, Option]) -> nn.Module | None:
+        """One layer with the chosen widths; the layer itself where nothing of it is cut."""
+        rows = kept_rows(self.groups, self.kept(choices)).get(name)
+        if not rows:
+            return layer
+        made = copy.copy(layer)
+        made._parameters, made._buffers = dict(layer._parameters), dict(layer._buffers)
+        narrow(made, rows)
+        return made
