@@ -52,6 +52,7 @@ class Plan:
     times: int = 1
     pieces: int = 60  # measured ones of the latency table; 0: everything by formula
     rounds: int = 9
+    steps: int = 40  # scales of the uniform ones that are tried
 
 
 PLANS = {
@@ -62,6 +63,7 @@ PLANS = {
         0.6,
         Training(epochs=1, batch=32),
         pieces=0,
+        steps=8,
     ),
     "cpu": Plan(),
     "gpu": Plan(
@@ -216,7 +218,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
         fixed = MetaPath(task.shape, task.classes, **{**plan.net, "widths": widths, "fixed": True})
         return fixed.build(fixed.uniform(1.0))
 
-    scales = [s / 40 for s in range(6, 41)]
+    scales = [s / plan.steps for s in range(plan.steps // 6, plan.steps + 1)]
     scale_found, share = widest(uniform, scales, found["share"], largest, clock, x)
     rows: dict[str, dict[str, Any]] = {}
     makes: dict[str, Callable[[], nn.Module]] = {

@@ -41,6 +41,7 @@ class Plan:
     depth: int = 2
     measured: bool = True
     rounds: int = 9
+    steps: int = 40  # scales of the narrower ones that are tried
 
 
 PLANS = {
@@ -49,6 +50,7 @@ PLANS = {
         Training(epochs=1, batch=32),
         widths=(8, 16),
         measured=False,
+        steps=8,
     ),
     "cpu": Plan(),
     "gpu": Plan(
@@ -118,7 +120,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
 
     original = made()
     ratio = clock.ratio(made(pooled=pools), original, x)
-    scales = [s / 40 for s in range(8, 41)]
+    scales = [s / plan.steps for s in range(plan.steps // 5, plan.steps + 1)]
     narrow, narrow_ratio = widest(made, scales, ratio, original, clock, x)
     makes = {
         "original": made,
