@@ -23,6 +23,18 @@ def deployed(network: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """torch's own attention as its single operations, not as one opaque operator (its fast path),
+    which no exporter and no count can see into."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def frozen(network: nn.Module) -> nn.Module:
     """A float32 copy on the CPU in evaluation mode, in torch's default memory layout."""
     twin: nn.Module = copy.deepcopy(network).to(device="cpu", dtype=torch.float32)

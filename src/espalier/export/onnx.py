@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import ExportError
-from espalier.export.modes import deployed
+from espalier.export.modes import deployed, plain_attention
 from espalier.export.program import Program, to_program
 from espalier.export.qdq import with_integers
 from espalier.export.quantised import marked
@@ -58,7 +58,7 @@ def program_to_onnx(program: Program) -> bytes:
 def _traced(network: nn.Module, example: Tensor) -> bytes:
     buffer = io.BytesIO()
     try:
-        with quiet(), deployed(network):
+        with quiet(), deployed(network), plain_attention():
             torch.onnx.export(
                 network,
                 (example,),
