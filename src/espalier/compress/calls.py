@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.costs.record import macs_of
 from espalier.errors import EspalierError
 from espalier.export import deployed
+from espalier.export.modes import plain_attention
 
 Shape = tuple[int, ...]
 Value = tuple[int, int]
@@ -92,10 +92,8 @@ def follow(model: nn.Module, example: Tensor) -> Pass:
     Errors: `EspalierError` where it does not run on the example.
     """
     follower = _Follower(model)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with deployed(model), follower.listening(model), follower:
+        with plain_attention(), deployed(model), follower.listening(model), follower:
             follower.run.output = model(example)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -103,8 +101,6 @@ def follow(model: nn.Module, example: Tensor) -> Pass:
             f"{type(model).__name__} does not run on an example of shape "
             f"{tuple(example.shape)} and {example.dtype}: {first}"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
     return follower.run
 
 
