@@ -8,6 +8,9 @@ lead-in (with the block, less without: Puzzle; Bercovich et al., 2024):
 
 What a turn costs is found per shape from one and two lead-ins. It need not be exact: along a chain
 each piece's output is the next one's input, and the turns cancel.
+
+A piece of integers is timed behind a lead-in of integers and its output is kept whole, so that a
+turn there is the conversion from float to integers and back.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ from torch import Tensor, nn
 
 from espalier.costs.runtime import OnnxRuntime
 from espalier.export import deployed, to_onnx
+from espalier.export.quantisers import Quantised, Quantiser, quantised
 
 _UNSURE = 0.05  # a timing less certain than this is taken again
 _BLOCK = 8  # with fewer channels nothing is blocked: images, grey or in colour
 _LEAST = 1e-4  # ms; a small difference of two timings may come out at nothing
+
+
+_Key = tuple[tuple[int, ...], bool]  # a shape, and whether it is of integers
 
 
 class Stopwatch:
@@ -31,8 +38,8 @@ class Stopwatch:
 
     def __init__(self, runtime: OnnxRuntime) -> None:
         self._runtime = runtime
-        self._befores: dict[tuple[int, ...], tuple[bytes, deque[float]]] = {}
-        self._turns: dict[tuple[int, ...], float] = {}
+        self._befores: dict[_Key, tuple[bytes, deque[float]]] = {}
+        self._turns: dict[_Key, float] = {}
         self.repeated = 0
 
     def whole(self, network: nn.Module, x: Tensor) -> float:
@@ -45,41 +52,50 @@ class Stopwatch:
         x = self._runtime.batched(x)
         with deployed(module):
             out = module(x)
-        lead_in = _lead_in(x) if _blocked(x) else None
-        model = module if lead_in is None else nn.Sequential(lead_in, module)
-        before = self.empty_ms if lead_in is None else self._before(lead_in, x)
-        both = self._time(to_onnx(model, x, fast=True), x)
-        return max(both - before + self._turn(x) - self._turn(out), _LEAST)
+        whole = _integers(module)
+        if whole and _blocked(out):
+            module = nn.Sequential(module, Quantiser())
+        if not _blocked(x):
+            both, before = self._time(to_onnx(module, x, fast=True), x), self.empty_ms
+        else:
+            lead_in = _lead_in(x, whole)
+            model = nn.Sequential(lead_in, module)
+            both = self._time(to_onnx(model, x, fast=True), x)
+            before = self._before(_closed(lead_in, whole), x, whole)
+        turned = self._turn(out, whole) - self._turn(x, whole)
+        return max(both - before - turned, _LEAST)
 
     @property
     def empty_ms(self) -> float:
         """Milliseconds of a model that does nothing."""
         return self._before(nn.Identity(), torch.zeros(1, 1))
 
-    def _before(self, module: nn.Module, x: Tensor) -> float:
+    def _before(self, module: nn.Module, x: Tensor, whole: bool = False) -> float:
         """Timed again beside every piece, so that a machine that changes its pace is followed;
         the middle of the last three, so that one disturbance does no harm."""
-        shape = tuple(x.shape)
-        if shape not in self._befores:
-            self._befores[shape] = to_onnx(module, x, fast=True), deque(maxlen=3)
-        model, last = self._befores[shape]
+        key = (tuple(x.shape), whole)
+        if key not in self._befores:
+            self._befores[key] = to_onnx(module, x, fast=True), deque(maxlen=3)
+        model, last = self._befores[key]
         last.append(self._time(model, x))
         return statistics.median(last)
 
-    def _turn(self, x: object) -> float:
-        """Milliseconds to turn a tensor of this shape into blocks, or back: half of both."""
+    def _turn(self, x: object, whole: bool = False) -> float:
+        """Milliseconds to turn a tensor of this shape into blocks (or integers), or back: half of
+        both."""
         if not isinstance(x, Tensor) or not _blocked(x):
             return 0.0
-        shape = tuple(x.shape)
-        if shape not in self._turns:
-            x, lead_in = torch.zeros(shape), _lead_in(x)
-            one, two = (
-                self._time(to_onnx(model, x, fast=True), x, least=0.01)
-                for model in (lead_in, nn.Sequential(lead_in, _lead_in(x)))
+        key = (tuple(x.shape), whole)
+        if key not in self._turns:
+            x = torch.zeros(x.shape)
+            models = (
+                _closed(nn.Sequential(*(_lead_in(x, whole) for _ in range(n))), whole)
+                for n in (1, 2)
             )
+            one, two = (self._time(to_onnx(m, x, fast=True), x, least=0.01) for m in models)
             # one: empty + turn + lead-in + turn back; two: a lead-in more
-            self._turns[shape] = max(0.0, (2 * one - two - self.empty_ms) / 2)
-        return self._turns[shape]
+            self._turns[key] = max(0.0, (2 * one - two - self.empty_ms) / 2)
+        return self._turns[key]
 
     def _time(self, model: bytes, x: Tensor, least: float = 0.0) -> float:
         timing = self._runtime.quick(model, x, least_seconds=least)
@@ -94,8 +110,18 @@ def _blocked(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[1] >= _BLOCK and x.is_floating_point()
 
 
-def _lead_in(x: Tensor) -> nn.Module:
-    """A cheap layer that leaves its output in the runtime's own layout."""
+def _integers(module: nn.Module) -> bool:
+    """Whether the piece computes on integers."""
+    return any(isinstance(m, Quantised) and not m.block for m in module.modules())
+
+
+def _lead_in(x: Tensor, whole: bool = False) -> nn.Module:
+    """A cheap layer that leaves its output in the runtime's own layout, or in integers."""
     channels = x.shape[1]
     with torch.random.fork_rng(devices=[]):
-        return nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU())
+        conv: nn.Module = nn.Conv2d(channels, channels, 1)
+    return nn.Sequential(quantised(conv, 8) if whole else conv, nn.ReLU())
+
+
+def _closed(module: nn.Module, whole: bool) -> nn.Module:
+    return nn.Sequential(module, Quantiser()) if whole else module

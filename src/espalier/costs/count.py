@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from espalier.costs.record import Record, record
+from espalier.export.quantisers import Quantised, Quantiser
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Count:
     - `params`: parameters, tied ones once; no buffers.
     - `macs`: multiply-accumulates of convolutions, linear layers and matrix products, attention's
       included; biases, norms, activations and pooling are not counted.
-    - `activation_bytes`: the most memory that live activations take at once; see `peak`.
+    - `activation_bytes`: the most memory that live activations take at once; see `peak`. Quantised
+      tensors count as the float ones that they stand for.
     - `bytes`: the weights on disk: parameters and floating buffers at 4 bytes, integer buffers as
       they are. A safetensors file has these bytes and a header; ONNX has fewer (batch-norms are
       folded) and its graph.
@@ -47,14 +49,34 @@ def counted(network: nn.Module, run: Record) -> Count:
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Bytes of every tensor of `state_dict`, tied ones once, floating ones at 4 bytes."""
-    total, seen = 0, set()
-    for tensor in network.state_dict().values():
+    """Bytes of every tensor of `state_dict`, tied ones once, floating ones at 4 bytes.
+
+    A quantised layer's weight counts its bits, and 4 bytes for the scale of a channel or block;
+    scales and zero points of activations, 5 bytes each, are left out.
+    """
+    total, whole = _quantised_bytes(network)
+    seen = set()
+    for name, tensor in network.state_dict().items():
+        if name in whole:
+            continue
         place = (tensor.untyped_storage().data_ptr(), tuple(tensor.shape), tensor.storage_offset())
         if tensor.numel() and place not in seen:
             seen.add(place)
             total += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
     return total
+
+
+def _quantised_bytes(network: nn.Module) -> tuple[int, set[str]]:
+    """The bytes of what is quantised, and the names in `state_dict` that they stand for."""
+    total, names = 0, set[str]()
+    for path, module in network.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Quantised):
+            total += module.weight_bytes()
+            names |= {f"{prefix}weight", f"{prefix}weight_scale"}
+        elif isinstance(module, Quantiser):
+            names |= {f"{prefix}scale", f"{prefix}zero_point"}
+    return total, names
 
 
 def peak(run: Record) -> int:

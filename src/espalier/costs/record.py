@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from espalier.errors import ExportError
 from espalier.export import deployed
+from espalier.export.quantisers import Quantised, Quantiser
 
 Shape = tuple[int, ...]
 aten = torch.ops.aten
@@ -110,7 +111,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Notes which leaf module is running."""
         handles = []
         for name, module in network.named_modules():
-            if next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention):
+            if _is_leaf(module) or isinstance(module, nn.MultiheadAttention):
                 enter, leave = self._hooks(name or type(module).__name__.lower())
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave))
@@ -138,6 +139,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         read, made = _tensors((args, kwargs)), _tensors(out)
+        if self._of_weights(read):
+            self._weights.update(t.untyped_storage().data_ptr() for t in made)
+            self._alive += made
+        elif func.overloadpacket.__name__.startswith(ROUNDING):
+            made = self._rounded(read[0], made[0])
         if made:
             self.record.operations.append(
                 Operation(
@@ -153,6 +159,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
             )
         return out
+
+    def _of_weights(self, read: list[Tensor]) -> bool:
+        """Whether a quantised layer works on its weight: a deployed one holds the outcome."""
+        inside = self._layer >= 0 and isinstance(self.record.layers[self._layer].module, Quantised)
+        places = (t.untyped_storage().data_ptr() for t in read)
+        return inside and all(place in self._weights for place in places)
+
+    def _rounded(self, x: Tensor, made: Tensor) -> list[Tensor]:
+        """A rounded tensor takes the place of what was rounded: it is not kept beside it."""
+        new = made.untyped_storage().data_ptr()
+        for number in self._storages([x]):
+            self._numbers[new] = number
+            self._alive.append(made)
+        return [made]
 
     def _storages(self, tensors: list[Tensor]) -> tuple[int, ...]:
         found = []
@@ -171,6 +191,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def finished(self, output: Any) -> Record:
         self.record.outputs = self._storages(_tensors(output))
         return self.record
+
+
+ROUNDING = ("fake_quantize", "_fake_quantize")  # how the names of operators that round begin
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """A layer: quantisers are no layers, and no children either."""
+    children = (child for child in module.children() if not isinstance(child, Quantiser))
+    if isinstance(module, Quantised):
+        return True
+    return not isinstance(module, Quantiser) and next(children, None) is None
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from espalier.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.costs.record import Operation, Record
+from espalier.costs.record import ROUNDING, Operation, Record
 
 FEATURES = (
     "convolutions",
@@ -28,6 +28,8 @@ FEATURES = (
     "output_elements",
     "input_ragged",
     "output_ragged",
+    "integer_macs_16",
+    "integer_elements",
 )
 
 
@@ -36,23 +38,30 @@ def features(run: Record) -> NDArray[np.float64]:
 
     Runtimes compute channels in blocks, so `_16` counts multiply-accumulates with channels rounded
     up to a multiple of 16; `ragged` elements are those of tensors whose channels fill no block of
-    8, which a runtime has to reorder.
+    8, which a runtime has to reorder. Convolutions and products of rounded tensors count as
+    `integer` work only.
     """
     total = dict.fromkeys(FEATURES, 0.0)
+    rounded: set[int] = set()
     for operation in run.operations:
-        for name, amount in _work(operation).items():
+        if operation.name.startswith(ROUNDING):
+            rounded.update(operation.reads)
+        whole = not rounded.isdisjoint(operation.reads)
+        for name, amount in _work(operation, whole).items():
             total[name] += amount
     if run.operations:
         _ends(total, run.operations[0].in_shape, run.operations[-1].out_shape)
     return np.array([total[name] for name in FEATURES])
 
 
-def _work(operation: Operation) -> dict[str, float]:
+def _work(operation: Operation, whole: bool) -> dict[str, float]:
     size = float(math.prod(operation.out_shape))
     if operation.macs == 0:
         # batch-norms are folded into convolutions; views do nothing
         idle = "norm" in operation.name or not set(operation.writes) - set(operation.reads)
         return {} if idle else {"other_operations": 1.0, "other_elements": size}
+    if whole:
+        return _integer(operation)
     if "convolution" not in operation.name:
         return {
             "convolutions": 1.0,
@@ -70,6 +79,20 @@ def _work(operation: Operation) -> dict[str, float]:
         f"{kind}_macs_16": places * kernel * inner * _blocks(operation.out_shape[1]),
         "weight_elements": float(math.prod(weight)),
         "convolved_elements": size + float(math.prod(operation.in_shape)),
+    }
+
+
+def _integer(operation: Operation) -> dict[str, float]:
+    """The work of a convolution or product of rounded tensors; channels are rounded up to 16."""
+    convolution = "convolution" in operation.name
+    source = operation.in_shape if convolution else operation.shapes[-2]  # a bias may come first
+    channels = 1 if convolution else -1
+    inputs, outputs = source[channels], operation.out_shape[channels]
+    blocked = _blocks(inputs) * _blocks(outputs) / max(inputs * outputs, 1)
+    return {
+        "convolutions": 1.0,
+        "integer_macs_16": operation.macs * blocked,
+        "integer_elements": float(math.prod(operation.out_shape) + math.prod(source)),
     }
 
 
