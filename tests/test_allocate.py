@@ -12,7 +12,7 @@ from espalier.costs import Counts
 from espalier.errors import BudgetError, EspalierError, SpaceError
 from espalier.nets.mobilenet import MobileNet
 from espalier.problem import Limit
-from espalier.solvers.allocate import Factor, Program, cost_factors, totals
+from espalier.solvers.allocate import Factor, Profile, Program, cost_factors, profile, totals
 from espalier.space import Forbid, Linear, Space, choice, ordinal, real
 
 pytest.importorskip("ortools")
@@ -192,3 +192,72 @@ def test_costs_of_a_family_as_factors_are_what_the_cost_estimates() -> None:
         assert (totals(family.space, factors, rows) == counted[metric]).all()
     with pytest.raises(EspalierError, match="unknown metric"):
         cost_factors(family, "latency_ms")
+
+
+class Told:
+    """A family of a space only, whose harm is a sum with one interaction."""
+
+    space = Space(
+        [
+            ordinal("a", 1, 2, 3),
+            ordinal("block", 0, 1),
+            ordinal("b", 1, 2, when={"block": 1}),
+            choice("c", "x", "y", "z"),
+        ]
+    )
+    alone = (
+        Factor(("a",), np.array([4.0, 1.0, 0.0])),
+        Factor(("block", "b"), np.array([[3.0, 3.0], [0.5, 0.0]])),
+        Factor(("c",), np.array([2.0, -1.0, 0.0])),
+        Factor((), np.array(7.0)),
+    )
+    both = Factor(("a", "c"), np.array([[0.25, 0.5, 0.0], [0.125, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+
+    def __init__(self, together: bool = False) -> None:
+        self.terms = (*self.alone, self.both) if together else self.alone
+        self.asked: list[int] = []
+
+    def harm(self, candidates: object) -> np.ndarray:
+        codes = self.space.encode(candidates)  # type: ignore[arg-type]
+        self.asked.append(len(codes))
+        return totals(self.space, self.terms, codes)
+
+
+def test_a_profile_adds_up_to_harm_and_is_measured_once() -> None:
+    family = Told(together=True)
+    held: dict[str, object] = {}
+    told: list[tuple[int, int, str]] = []
+
+    def record(key: str, compute: object) -> object:
+        if key not in held:
+            held[key] = json.loads(json.dumps(compute()))  # type: ignore[operator]
+        return held[key]
+
+    settings = {"pairs": [("c", "a")], "record": record, "measure": "told", "samples": 3}
+    found = profile(family, family.harm, progress=lambda *a: told.append(a), **settings)  # type: ignore[arg-type]
+    rows = family.space.enumerate()
+    added = totals(family.space, found.factors, rows)
+    assert added == pytest.approx(totals(family.space, family.terms, rows) - 7.0)
+    assert (found.base, found.measure, found.samples) == (7.0, "told", 3)
+    assert told[-1][0] == told[-1][1] == sum(family.asked)
+    measured = len(family.asked)
+    again = profile(family, family.harm, **settings)  # type: ignore[arg-type]
+    assert len(family.asked) == measured
+    assert again.to_json() == found.to_json()
+    read = Profile.from_json(json.loads(json.dumps(found.to_json())))
+    assert read.to_json() == found.to_json()
+
+
+def test_noise_of_a_profile_is_smoothed_along_ordered_options_only() -> None:
+    family = Told()
+    rough = Profile(
+        (
+            Factor(("a",), np.array([1.0, 2.0, 0.0]), name="a"),
+            Factor(("c",), np.array([2.0, -1.0, 0.0]), name="c"),
+        )
+    )
+    a, c = rough.smoothed(family.space).factors
+    assert a.values.tolist() == [1.5, 1.5, 0.0]
+    assert c.values.tolist() == [2.0, -1.0, 0.0]
+    negative = Profile((Factor(("a",), np.array([-1.0, -2.0, 0.0]), name="a"),))
+    assert negative.smoothed(family.space).factors[0].values.tolist() == [0.0, 0.0, 0.0]

@@ -59,8 +59,7 @@ def _constant(terms: Terms) -> list[Factor]:
 
 
 def _tables(space: Space, terms: Terms, scopes: Any) -> list[Factor]:
-    closed = {name: _closed(space, scope) for name, scope in scopes.items()}
-    grids = {name: _grid(space, scope) for name, scope in closed.items()}
+    grids = {name: _grid(space, closed(space, scope)) for name, scope in scopes.items()}
     rows = [rows for grid in grids.values() for _, rows in grid]
     lengths = np.cumsum([0, *map(len, rows)])
     every = np.concatenate([space.corner(True), *rows])[1:]
@@ -81,7 +80,7 @@ def _tables(space: Space, terms: Terms, scopes: Any) -> list[Factor]:
     return factors
 
 
-def _closed(space: Space, scope: Sequence[str]) -> tuple[str, ...]:
+def closed(space: Space, scope: Sequence[str]) -> tuple[str, ...]:
     """Decisions and those that their being active depends on, in the order of the space."""
     found = set(scope)
     while more := {p for name in found for p in space[name].when} - found:

@@ -16,13 +16,14 @@ from espalier.problem import Limit
 from espalier.solvers.allocate.cpsat import Answer, Model
 from espalier.solvers.allocate.factor import Factor, exact
 from espalier.solvers.allocate.greedy import greedy
-from espalier.solvers.allocate.tables import Tables, Whole, merged, negative, whole
+from espalier.solvers.allocate.reason import reason, told
+from espalier.solvers.allocate.tables import Tables, Whole, merged, negative, ordered, whole
 from espalier.space import Candidate, Real, Space
 
 Array = NDArray[np.float64]
 Codes = NDArray[Any]
 _OPTIONS = 4096  # of one decision
-_ROUNDED = 1e-12  # a share of a limit: what a sum of floats may be off by
+ROUNDED = 1e-12  # a share of a limit: what a sum of floats may be off by
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Program:
                 raise BudgetError(f"{rule}, got {limit}")
         if any(f.peak for f in self.harm):
             raise EspalierError("harm is a sum: a factor of it can't be a peak")
-        self._tables = {name: merged(space, _summed(fs)) for name, fs in self.costs.items()}
+        self.tables = {name: merged(space, _summed(fs)) for name, fs in self.costs.items()}
         self._harm = merged(space, self.harm)
         self._columns = self._stacked()
 
@@ -86,7 +87,7 @@ class Program:
 
     def _stacked(self) -> list[tuple[tuple[int, ...], Array]]:
         """Harm and costs side by side, so that a row is looked up once for all."""
-        parts = [self._harm, *self._tables.values()]
+        parts = [self._harm, *self.tables.values()]
         scopes = {scope: t.shape for part in parts for scope, t in part.items()}
         return [
             (scope, np.stack([part.get(scope, np.zeros(shape)) for part in parts], axis=-1))
@@ -116,7 +117,7 @@ class Program:
         over, use = np.zeros(len(codes)), np.zeros(len(codes))
         for limit in self.limits:
             beyond = limit.violation(costs[limit.metric])
-            over += np.where(beyond > _ROUNDED, beyond, 0.0)
+            over += np.where(beyond > ROUNDED, beyond, 0.0)
             share = costs[limit.metric] / max(abs(limit.bound), 1e-300)
             use += share if limit.op == "<=" else -share
         over[np.isposinf(harm)] = np.inf
@@ -127,15 +128,16 @@ class Program:
         if not self.space.valid(row)[0] or math.isinf(exact(self.space, self.harm, row)):
             return False
         return all(
-            limit.violation(self._cost(limit.metric, row)) <= _ROUNDED for limit in self.limits
+            limit.violation(self.cost(limit.metric, row)) <= ROUNDED for limit in self.limits
         )
 
-    def _cost(self, name: str, row: Codes) -> float:
+    def cost(self, name: str, row: Codes) -> float:
+        """One cost of a row `(1, d)`."""
         return exact(self.space, self.costs[name], row)
 
     def _solution(self, row: Codes, bound: float, **about: Any) -> Solution:
         harm = exact(self.space, self.harm, row)
-        costs = {name: self._cost(name, row) for name in self.costs}
+        costs = {name: self.cost(name, row) for name in self.costs}
         (candidate,) = self.space.decode(row)
         return Solution(candidate, harm, costs, min(bound, harm), **about)
 
@@ -150,7 +152,7 @@ class Program:
         row = greedy(self)
         if row is None or not self.kept(row):
             raise BudgetError(
-                f"greedy allocation found nothing within {_told(self.limits)}; solve()"
+                f"greedy allocation found nothing within {told(self.limits)}; solve()"
             )
         seconds = time.perf_counter() - start
         return self._solution(row, -math.inf, optimal=False, seconds=seconds, by="greedy")
@@ -174,7 +176,7 @@ class Program:
         start = self._start(hint, refused)
         known = None if start is None else exact(self.space, self.harm, start)
         harm = whole(self._harm, known)
-        model = self._model(self.limits, refused)
+        model = self.model(self.limits, refused)
         model.minimise(harm)
         if start is not None:
             model.hint(start[0])
@@ -187,21 +189,14 @@ class Program:
         row, status = self._better(answer, start), answer.status
         if row is None:
             if status == "infeasible":
-                raise BudgetError(self._reason(refused, seconds))
+                raise BudgetError(reason(self, refused, seconds))
             raise EspalierError(
-                f"no candidate within {_told(self.limits)} was found in {seconds:g} s, nor proved "
+                f"no candidate within {told(self.limits)} was found in {seconds:g} s, nor proved "
                 "absent: give the program more seconds"
             )
         about = {"optimal": status == "optimal", "rounding": harm.slack}
-        lowest = (
-            harm.true(max(math.floor(answer.bound + 1e-6), 0))
-            if answer.row is not None
-            else (
-                harm.true(max(math.floor(answer.bound), 0))
-                if math.isfinite(answer.bound)
-                else harm.base
-            )
-        )
+        bound = math.floor(answer.bound + 1e-6) if math.isfinite(answer.bound) else 0
+        lowest = harm.true(max(bound, 0))
         spent = time.perf_counter() - begin
         by = "program" if answer.row is not None else "greedy"
         return self._solution(row, lowest, seconds=spent, by=by, **about)
@@ -218,7 +213,8 @@ class Program:
         rows = [answer.row[None], start]
         return min(rows, key=lambda row: exact(self.space, self.harm, row))
 
-    def _model(self, limits: Iterable[Limit], refused: Sequence[Codes]) -> Model:
+    def model(self, limits: Iterable[Limit], refused: Sequence[Codes]) -> Model:
+        """The integer program without an objective."""
         model = Model(self.space)
         for limit in limits:
             sums = self._whole(limit)
@@ -229,7 +225,7 @@ class Program:
         return model
 
     def _whole(self, limit: Limit) -> Whole:
-        tables: Tables = self._tables[limit.metric]
+        tables: Tables = self.tables[limit.metric]
         return (
             whole(tables, limit.bound)
             if limit.op == "<="
@@ -241,48 +237,8 @@ class Program:
             if factor.peak:
                 if limit.op == ">=":
                     raise BudgetError(f"a peak has no least value to keep: {limit}")
-                scope, values = next(iter(_ordered(self.space, factor).items()))
-                beyond = values - limit.bound > _ROUNDED * abs(limit.bound)
-                model.exclude({scope: beyond})
-
-    # --- when nothing keeps the limits --------------------------------------------------------
-
-    def _reason(self, refused: Sequence[Codes], seconds: float) -> str:
-        """One line: which limit can't be kept, and what is reachable."""
-        alone = [(limit, self._reach(limit, (), refused, seconds)) for limit in self.limits]
-        broken = [(m, r) for m, r in alone if r is not None and m.violation(r) > _ROUNDED]
-        if broken:
-            limit, reach = max(broken, key=lambda pair: float(pair[0].violation(pair[1])[()]))
-            return f"{limit} can't be kept: {_reachable(limit)} is {reach:.6g}"
-        together = [
-            (
-                limit,
-                self._reach(limit, [m for m in self.limits if m is not limit], refused, seconds),
-            )
-            for limit in self.limits
-            if not any(f.peak for f in self.costs[limit.metric])
-        ]
-        found = [
-            f"{_reachable(m)} with the others kept is {r:.6g}" for m, r in together if r is not None
-        ]
-        if len(self.limits) < 2 or not found:
-            return (
-                f"no candidate of the space keeps {_told(self.limits)} and the space's constraints"
-            )
-        return f"{_told(self.limits)} can't be kept together: {'; '.join(found)}"
-
-    def _reach(
-        self, limit: Limit, others: Sequence[Limit], refused: Sequence[Codes], seconds: float
-    ) -> float | None:
-        """The best value of a limit's cost under other limits; None where there is none."""
-        peaks = [f for f in self.costs[limit.metric] if f.peak]
-        model = self._model(others, refused)
-        tables = self._tables[limit.metric]
-        if peaks and not tables:
-            return max(float(f.values.min()) for f in peaks)
-        model.minimise(whole(tables if limit.op == "<=" else negative(tables)))
-        answer = model.solve(min(seconds, 5.0), 1, 0)
-        return None if answer.row is None else self._cost(limit.metric, answer.row[None])
+                scope, values = ordered(self.space, factor)
+                model.exclude({scope: values - limit.bound > ROUNDED * abs(limit.bound)})
 
 
 def _listed(decision: Any) -> None:
@@ -294,20 +250,3 @@ def _listed(decision: Any) -> None:
 
 def _summed(factors: Iterable[Factor]) -> list[Factor]:
     return [f for f in factors if not f.peak]
-
-
-def _ordered(space: Space, factor: Factor) -> Tables:
-    """A factor's table by increasing columns, not simplified."""
-    index = {name: j for j, name in enumerate(space.names)}
-    where = [index[name] for name in factor.decisions]
-    order = np.argsort(where)
-    values = factor.values.transpose(order) if len(order) > 1 else factor.values
-    return {tuple(sorted(where)): values}
-
-
-def _told(limits: Iterable[Limit]) -> str:
-    return ", ".join(map(str, limits)) or "no limit"
-
-
-def _reachable(limit: Limit) -> str:
-    return f"the {'least' if limit.op == '<=' else 'most'} {limit.metric} that is reachable"

@@ -19,6 +19,12 @@ _FINE = 2.0**40  # steps of a whole number that stand for the largest sum of int
 _EXACT = 2.0**50
 
 
+def ordered(space: Space, factor: Factor) -> tuple[Scope, Array]:
+    """A factor's columns, increasing, and its table with the axes in their order."""
+    where = columns(space, factor.decisions)
+    return tuple(sorted(where)), factor.values.transpose(np.argsort(where).astype(int))
+
+
 def merged(space: Space, factors: Iterable[Factor]) -> Tables:
     """One table for each set of decisions: the sum of the factors over them, taken apart first.
 
@@ -27,10 +33,7 @@ def merged(space: Space, factors: Iterable[Factor]) -> Tables:
     """
     whole: Tables = {}
     for factor in factors:
-        where = columns(space, factor.decisions)
-        order = np.argsort(where)
-        scope = tuple(sorted(where))
-        values = factor.values.transpose(order) if len(order) > 1 else factor.values
+        scope, values = ordered(space, factor)
         whole[scope] = whole[scope] + values if scope in whole else values
     out: Tables = {}
     for scope, values in whole.items():
