@@ -18,6 +18,9 @@ from espalier.export.quiet import quiet
 
 Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4  # of the largest output, or of 1 where all outputs are smaller
+# Integer kernels add up exactly, torch in float: a sum near a tie may fall on the next level, and
+# that goes on through the layers. Wrong scales or saturating kernels are off by far more.
+INTEGERS = 0.1  # root mean square, of that of the outputs
 
 
 def open_onnx(path: Path) -> Forward:
@@ -68,6 +71,23 @@ def difference(forward: Forward, network: nn.Module, inputs: list[Tensor]) -> fl
             gap = float((got - wanted).abs().max()) if wanted.numel() else 0.0
             worst = max(worst, gap / max(1.0, float(wanted.abs().max())))
     return worst
+
+
+def deviation(forward: Forward, network: nn.Module, inputs: list[Tensor]) -> float:
+    """Root mean square of the difference of outputs, of that of the outputs: for integers.
+
+    Infinite where shapes differ or anything is not finite.
+    """
+    off = size = 0.0
+    with deployed(network):
+        for x in inputs:
+            wanted, got = network(x), forward(x)
+            if got.shape != wanted.shape:
+                return float("inf")
+            off += float((got - wanted).double().square().sum())
+            size += float(wanted.double().square().sum())
+    ratio = (off / max(size, 1e-12)) ** 0.5
+    return ratio if ratio == ratio else float("inf")
 
 
 def trials(example: Tensor, dynamic: bool, seed: int = 0) -> list[Tensor]:

@@ -15,8 +15,9 @@ from espalier.export import check, disk
 from espalier.export.card import card as to_card
 from espalier.export.card import how_to_load
 from espalier.export.modes import frozen
-from espalier.export.onnx import program_to_onnx
+from espalier.export.onnx import program_to_onnx, to_onnx
 from espalier.export.program import Program, program_to_pt2, to_program
+from espalier.export.quantisers import carries
 from espalier.export.weights import to_safetensors
 
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -45,7 +46,8 @@ def export(
     `example` is one input `(b, ...)`, `inputs` real ones `(n, ...)`, `card` plain JSON for the
     card: candidate, classes, normalisation (mean and std). Every file is loaded back and compared
     with the network on random and on the real inputs; nothing appears in the folder unless all
-    agree within 1e-4. The network is left as it was.
+    agree within 1e-4. The network is left as it was. One with quantised layers gives an ONNX file of
+    integers, whose outputs may be off by 10% (root mean square) where sums fall between two levels.
 
     Errors: `ExportError` for an unknown format, a network that can't be exported or computes NaN,
     a file that computes something else, a folder that can't be written or is full.
@@ -60,7 +62,9 @@ def export(
     dynamic = program.dynamic if program else True
     folder = Path(folder)
     with disk.staging(folder) as stage:
-        paths = {name: _write(name, twin, program, stage / f"{stem}.{name}") for name in wanted}
+        paths = {
+            name: _write(name, twin, example, program, stage / f"{stem}.{name}") for name in wanted
+        }
         found = {n: _compared(n, p, twin, example, inputs, dynamic) for n, p in paths.items()}
         files = {n: _entry(n, p, found[n]) for n, p in paths.items()}
         disk.write(stage / f"{stem}.json", to_card(example, output, dynamic, files, card or {}))
@@ -89,12 +93,16 @@ def _output(network: nn.Module, example: Tensor) -> Tensor:
     return output
 
 
-def _write(form: str, network: nn.Module, program: Program | None, path: Path) -> Path:
+def _write(
+    form: str, network: nn.Module, example: Tensor, program: Program | None, path: Path
+) -> Path:
     if form == "safetensors":
         return disk.write(path, to_safetensors(network))
     assert program is not None
-    data = program_to_onnx(program) if form == "onnx" else program_to_pt2(program)
-    return disk.write(path, data)
+    if form == "pt2":
+        return disk.write(path, program_to_pt2(program))
+    whole = carries(network)
+    return disk.write(path, to_onnx(network, example) if whole else program_to_onnx(program))
 
 
 def _compared(
@@ -114,12 +122,16 @@ def _compared(
     sets = {"random": check.trials(example, dynamic)}
     if inputs is not None:
         sets["real"] = check.chunks(inputs, example, dynamic)
-    gaps = {name: check.difference(forward, network, batches) for name, batches in sets.items()}
+    whole = form == "onnx" and carries(network)
+    compare, allowed = (
+        (check.deviation, check.INTEGERS) if whole else (check.difference, check.TOLERANCE)
+    )
+    gaps = {name: compare(forward, network, batches) for name, batches in sets.items()}
     for name, gap in gaps.items():
-        if not gap <= check.TOLERANCE:
+        if not gap <= allowed:
             raise ExportError(
                 f"the {form} file computes something else than the network: on {name} inputs they "
-                f"differ by {gap:.2g}, at most {check.TOLERANCE:g} is allowed; nothing was written"
+                f"differ by {gap:.2g}, at most {allowed:g} is allowed; nothing was written"
             )
     return gaps
 

@@ -50,11 +50,15 @@ class _Graph:
                 self.readers[name].append(node)
 
     def _turn(self, node: Any) -> None:
-        """A transposed constant is a constant, which not every exporter sees."""
-        if node.op_type == "Transpose" and node.input[0] in self.constants:
-            axes = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-            value = numpy_helper.to_array(self.constants[node.input[0]]).transpose(axes)
-            self.constants[node.output[0]] = numpy_helper.from_array(value.copy(), node.output[0])
+        """A copied or transposed constant is a constant, which not every exporter sees."""
+        if node.op_type not in ("Identity", "Transpose") or node.input[0] not in self.constants:
+            return
+        value = numpy_helper.to_array(self.constants[node.input[0]])
+        if node.op_type == "Transpose":
+            value = value.transpose(
+                next((a.ints for a in node.attribute if a.name == "perm"), None)
+            )
+        self.constants[node.output[0]] = numpy_helper.from_array(value.copy(), node.output[0])
 
     def settle(self, roundings: Mapping[str, Rounding]) -> list[tuple[Any, str]]:
         """Every mark replaced; gives the marks, each with its name.
