@@ -83,10 +83,11 @@ def test_one_by_one_is_the_surgeon_of_each_column_in_turn() -> None:
 
 
 @pytest.mark.parametrize("kept", [0.5, "2:4"])
-def test_the_better_the_method_the_less_is_lost(kept) -> None:
+def test_removing_together_loses_least(kept) -> None:
     weight, gram, damped = drawn(20, 32)
     found = {name: lost(method(weight, gram, kept), weight, damped) for name, method in METHODS.items()}  # fmt: skip
-    assert found["apt"] < found["sparsegpt"] < min(found["wanda"], found["magnitude"])
+    assert min(found, key=found.__getitem__) == "apt"
+    assert found["apt"] < 0.9 * found["sparsegpt"]
 
 
 def test_the_simple_rules_compare_what_they_say() -> None:
