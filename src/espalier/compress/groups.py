@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A whole number on a module that counts a group's units or channels: `num_heads`."""
+    """A whole number on a module that counts a group's units or channels: `num_heads`; also on its
+    configuration: `config.num_heads`."""
 
     path: str
     name: str
@@ -69,7 +71,7 @@ class Group:
     @property
     def producer(self) -> Member:
         """The member that the group is named for."""
-        return next(m for m in self.members if m.path == self.name.split("#")[0] and not m.consumed)
+        return next(m for m in self.members if (m.path or m.tensor) == self.name.split("#")[0])
 
     def scaled(self, number: Scaled, kept: int) -> int:
         """A number of `numbers` where `kept` units are left."""
@@ -88,7 +90,18 @@ def cut(model: nn.Module, groups: Mapping[str, Group], kept: Kept) -> None:
     for name, units in kept.items():
         for number in groups[name].numbers:
             value = groups[name].scaled(number, len(units))
-            setattr(modules[number.path], number.name, value)
+            _set(modules[number.path], number.name, value)
+
+
+def _set(module: nn.Module, name: str, value: int) -> None:
+    """A number on a module, or on its configuration: that becomes the module's own copy."""
+    holder, _, last = name.rpartition(".")
+    if holder:
+        own = copy.copy(getattr(module, holder))
+        setattr(module, holder, own)
+        setattr(own, last, value)
+    else:
+        setattr(module, name, value)
 
 
 def kept_rows(groups: Mapping[str, Group], kept: Kept) -> dict[str, Rows]:
@@ -166,7 +179,8 @@ def _member(trace: Trace, index: int, rows: Sequence[list[int]]) -> Member:
 
 
 def _produces(trace: Trace, index: int, member: Member) -> bool:
-    return not member.consumed and trace.owned[index].rank > 1
+    owned = trace.owned[index]
+    return owned.rank > 1 and (not member.consumed or owned.start in trace.made)
 
 
 def _unused(path: str, groups: Sequence[Group]) -> str:
@@ -177,17 +191,17 @@ def _unused(path: str, groups: Sequence[Group]) -> str:
 
 def _locked(trace: Trace, why: Whole) -> list[Ignored]:
     """Layers none of whose outputs can be cut, and why."""
-    found = []
-    for owned in trace.owned:
-        if owned.rank > 1 and owned.dim == _outputs(trace, owned):
-            reasons = why[owned.start : owned.start + owned.size]
-            if (reasons >= 0).all():
-                path, tensor = owned.owners[0]
-                found.append(Ignored(path or tensor, "width", trace.labels.reasons[reasons[0]]))
-    return found
-
-
-def _outputs(trace: Trace, owned: Owned) -> int:
-    """The dim of a weight that makes its outputs: the first that isn't contracted."""
-    same = [o for o in trace.owned if o.owners == owned.owners and o.dim < 2]
-    return next((o.dim for o in same if o.start not in trace.consumed), -1)
+    free: set[tuple[tuple[str, str], ...]] = set()
+    reasons: dict[tuple[tuple[str, str], ...], int] = {}
+    for owned in reversed(trace.owned):
+        found = why[owned.start : owned.start + owned.size]
+        makes = owned.start not in trace.consumed or owned.start in trace.made
+        if owned.rank > 1 and makes and (found < 0).any():
+            free.add(owned.owners)
+        elif owned.rank > 1 and makes:
+            reasons[owned.owners] = int(found[0])
+    return [
+        Ignored(owners[0][0] or owners[0][1], "width", trace.labels.reasons[reason])
+        for owners, reason in reversed(reasons.items())
+        if owners not in free
+    ]

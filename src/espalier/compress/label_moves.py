@@ -46,8 +46,7 @@ def _split(mode: Mode, call: Call, out: Any) -> None:
     even = len({p.shape[dim] for p in parts}) == 1
     for f in mode.get(x):
         if even and dim in mode.labels.named(f.labels):
-            # parts stay of one size where the model computes it from the whole
-            mode.labels.grid(boxed(f.labels, dim, (len(parts), -1)))
+            mode.labels.parts(f.labels, dim, len(parts))
     _put(mode, out, [(call.again(f.labels), f.own) for f in mode.get(x)])
 
 
@@ -60,7 +59,7 @@ def _slice(mode: Mode, call: Call, out: Any) -> None:
     whole = call.get("step", 1) == 1 and 0 < part < size and not size % part and not start % part
     for f in mode.get(x):
         if whole and dim in mode.labels.named(f.labels):
-            mode.labels.grid(boxed(f.labels, dim, (size // part, part)))
+            mode.labels.parts(f.labels, dim, size // part)
     _put(mode, out, [(call.again(f.labels), f.own) for f in mode.get(x)])
 
 

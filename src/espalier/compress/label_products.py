@@ -67,8 +67,9 @@ def _inner(mode: Mode, fields: list[Field], k: int) -> tuple[list[Field], list[T
             if f.own:
                 mode.trace.consumed |= set(vector(f.labels, k).tolist())
             continue
-        if k in varying:
+        if 0 in varying:
             mode.trace.attended |= set(np.unique(thin(f.labels)[0].numpy()).tolist())
+        if k in varying:
             mode.labels.level(f.labels, {k})
         outer.append(f.labels.narrow(k, 0, 1))
     return inner, outer

@@ -75,6 +75,17 @@ def _unchanged(mode: Mode, call: Call, out: Any) -> None:
     mode.put(out, mode.get(call["self"]))
 
 
+@rule("as_strided")
+def _restrided(mode: Mode, call: Call, out: Any) -> bool | None:
+    if tuple(call["size"]) != tuple(out.shape) or not call.name.endswith("_"):
+        return False
+    fields = mode.get(call["self"])
+    if any(f.labels.shape != out.shape for f in fields):
+        return False
+    mode.put(out, fields)  # pooling to one place only sets strides
+    return None
+
+
 @rule("new_zeros", "new_ones", "new_empty", "new_full")
 def _nothing(mode: Mode, call: Call, out: Any) -> None:
     mode.put(out, [])
@@ -168,7 +179,9 @@ def _embedding(mode: Mode, call: Call, out: Any) -> None:
         if 0 in mode.labels.named(f.labels):
             mode.labels.lock(f.labels, "rows of a table are looked up by their index")
         else:
-            fields.append(Field(along(vector(f.labels, 1), -1, out.shape)))
+            columns = vector(f.labels, 1)
+            mode.trace.made |= set(columns.tolist()) if f.own else set()
+            fields.append(Field(along(columns, -1, out.shape)))
     mode.put(out, fields)
 
 

@@ -44,7 +44,8 @@ class Trace:
     labels: Labels = field(default_factory=Labels)
     owned: list[Owned] = field(default_factory=list)
     consumed: set[int] = field(default_factory=set)  # labels that weights contract
-    attended: set[int] = field(default_factory=set)  # labels that met in a product by heads
+    attended: set[int] = field(default_factory=set)  # labels that met in products by heads
+    made: set[int] = field(default_factory=set)  # labels that a table's lookup gives
     averaged: list[tuple[Tensor, set[int]]] = field(default_factory=list)
     ends: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
@@ -61,7 +62,8 @@ class Labelling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for path, module in model.named_modules(remove_duplicate=False):
             for kind in (module._parameters, module._buffers):
                 for name, tensor in kind.items():
-                    if tensor is not None:
+                    # whole numbers are indices and counters, not channels
+                    if tensor is not None and not _whole(tensor):
                         self._owners.setdefault(id(tensor), []).append((path, name))
 
     def get(self, tensor: Any) -> list[Field]:
@@ -121,6 +123,10 @@ class Labelling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.put(tensor, [])
+
+
+def _whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def followed(model: nn.Module, example: Tensor) -> Trace:

@@ -145,6 +145,19 @@ class Labels:
             self.level(field, varying[:-1])
         return force
 
+    def parts(self, field: Tensor, dim: int, parts: int) -> None:
+        """A dim that was cut in even parts: where nothing else ties its channels, all parts lose
+        alike, as a model does that computes the size of the parts from the whole."""
+        self._waiting.append((3, lambda force: self._parts(field, dim, parts, force)))
+
+    def _parts(self, field: Tensor, dim: int, parts: int, force: bool) -> bool:
+        rows = self.find(field.movedim(dim, 0).flatten(1)[:, 0])
+        if len(np.unique(rows)) < len(rows):
+            return True
+        if force:
+            self.level(field.movedim(dim, 0).reshape(parts, -1), {0})
+        return force
+
     def settle(self) -> None:
         """Decide what waits: whatever follows from the rest first, then defaults one by one."""
         while self._waiting:

@@ -46,7 +46,10 @@ def proven(
 def _plans(model: nn.Module, group: Group) -> Iterator[Group]:
     """The group with the likely sets of numbers that follow it, the likeliest first."""
     heads, sizes = _numbers(model, group)
-    plans = [heads, [], heads + sizes, sizes] if group.heads else [[], sizes, heads, heads + sizes]
+    mine = [n for n in heads if "." not in n.name], [n for n in sizes if "." not in n.name]
+    plans = [[], mine[1], mine[0], mine[0] + mine[1], heads, heads + sizes]
+    if group.heads:
+        plans = [mine[0], [], mine[0] + mine[1], mine[1], heads, heads + sizes]
     seen: list[list[Scaled]] = []
     for plan in plans:
         if plan not in seen:
@@ -64,15 +67,22 @@ def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]
     totals = {m.rows.numel() for m in group.members}
     heads, sizes = [], []
     for path in around:
-        for name, value in vars(modules[path]).items():
-            if type(value) is not int or name.startswith("_") or value < 2:
-                continue
+        for name, value in _whole_numbers(modules[path]):
             if "head" in name and not any(s in name for s in ("dim", "size", "group")):
                 if value % group.units == 0:
                     heads.append(Scaled(path, name, value))
             elif value in totals and any(s in name for s in SIZES):
                 sizes.append(Scaled(path, name, value))
     return heads, sizes
+
+
+def _whole_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """A module's numbers above 1, and those of its configuration."""
+    config = getattr(module, "config", None)
+    for prefix, holder in (("", module), ("config.", config)):
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if type(value) is int and not name.startswith("_") and value > 1:
+                yield prefix + name, value
 
 
 def _owner(module: nn.Module) -> bool:
@@ -92,6 +102,7 @@ def _fault(model: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
         fault = _differs(model, example, named, exact)
         if not fault and len(exact) < len(kept):
             _outputs(model, example, named, kept)
+            fault = _moves(model, example, [g for g in groups if g.averaged])
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         return f"a cut model does not run: {line[:150] or type(error).__name__}"
@@ -118,12 +129,36 @@ def _differs(
     for a, b in zip(_outputs(model, example, groups, kept), expected, strict=True):
         if a.shape != b.shape:
             return f"a cut model gives the shape {tuple(a.shape)} for {tuple(b.shape)}"
-        if not a.is_floating_point():
-            continue
-        close = 10 * torch.finfo(a.dtype).eps ** 0.5 * b.abs().nan_to_num().max().item() + 1e-30
-        if not torch.allclose(a, b, rtol=0, atol=close, equal_nan=True):
+        if not _close(a, b):
             return "a cut model computes something else than the original without these channels"
     return ""
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point() or not b.numel():
+        return True
+    margin = 10 * torch.finfo(a.dtype).eps ** 0.5 * b.abs().nan_to_num().max().item() + 1e-30
+    return torch.allclose(a, b, rtol=0, atol=margin, equal_nan=True)
+
+
+def _moves(model: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
+    """Whether the model computes the same with the units of these groups in another order: what
+    holds of coupled channels where means are taken over them, too."""
+    with evaluated(model), torch.no_grad():
+        expected = outputs(model(example))
+    moved = copy.deepcopy(model)
+    rng = torch.Generator().manual_seed(0)
+    for group in groups:
+        order = torch.randperm(group.units, generator=rng)
+        for member in group.members:
+            tensor = getattr(moved.get_submodule(member.path), member.tensor).data
+            rows, to = member.rows.flatten(), member.rows[order].flatten()
+            tensor.index_copy_(member.dim, rows, tensor.index_select(member.dim, to))
+    with evaluated(moved), torch.no_grad():
+        found = outputs(moved(example))
+    if all(_close(a, b) for a, b in zip(found, expected, strict=True)):
+        return ""
+    return "its channels are not alike: the model changes when they trade places"
 
 
 def without(model: nn.Module, groups: dict[str, Group], kept: dict[str, Tensor]) -> nn.Module:

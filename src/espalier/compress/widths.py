@@ -98,7 +98,7 @@ class Widths(Cut):
 
     def options(self, group: Group) -> tuple[int, ...]:
         """How many units may stay, ascending; the last is all."""
-        unit = group.producer.rows.shape[1]
+        unit = min(m.rows.shape[1] for m in group.members)
         step = 1
         if not group.heads:
             total = group.units * unit
