@@ -50,6 +50,8 @@ class Quantiser(nn.Module):
         if self.seen is not None:
             self.seen.append(x.detach())
             return x
+        if _exporting():
+            return _on_levels(x, self.scale, self.zero_point, 0, LEVELS)
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, LEVELS)
 
 
@@ -104,11 +106,14 @@ class Quantised(nn.Module):
 
     def rounded_weight(self) -> Tensor:
         """The weight on its levels, in its own shape; gradients go through."""
-        rows = self.rows()
+        rows, most = self.rows(), self.most
         zero = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
-        rounded = torch.fake_quantize_per_channel_affine(
-            rows, self.weight_scale, zero, 0, -self.most, self.most
-        )
+        if _exporting():
+            rounded = _on_levels(rows, self.weight_scale[:, None], zero[:, None], -most, most)
+        else:
+            rounded = torch.fake_quantize_per_channel_affine(
+                rows, self.weight_scale, zero, 0, -most, most
+            )
         if self.block:
             outputs, inputs = self.weight.flatten(1).shape
             rounded = rounded.reshape(outputs, -1)[:, :inputs]
@@ -192,6 +197,15 @@ def _shared(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
     # dictionaries are copied, so that what is registered on one is not on the other
     made.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(layer).items()}
     return made
+
+
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def _on_levels(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """What torch's fake quantisation gives, in operators that torch.export knows the shapes of."""
+    whole = torch.round(x * (1.0 / scale)) + zero
+    return (whole.clamp(low, high) - zero) * scale
 
 
 def round_output(module: nn.Module, quantiser: Quantiser | None = None) -> None:
