@@ -92,12 +92,13 @@ class ResNet(nn.Module):
                 stage.append(BasicBlock(before, width, stride, shortcut))
                 before = width
             self.add_module(f"layer{index}", stage)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.linear = nn.Linear(before, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         out = functional.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        logits: Tensor = self.linear(out.mean((2, 3)))
+        logits: Tensor = self.linear(self.pool(out))
         return logits
 
 
@@ -153,11 +154,12 @@ class MobileNet(nn.Module):
             before = width
         self.blocks = nn.Sequential(*blocks)
         self.last = nn.Sequential(*_conv(before, 4 * before, 1))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.linear = nn.Linear(4 * before, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.last(self.blocks(self.stem(x)))
-        logits: Tensor = self.linear(out.mean((2, 3)))
+        logits: Tensor = self.linear(self.pool(out))
         return logits
 
 

@@ -32,6 +32,9 @@ PACKAGES = {
     # what its searches import; all that it asks for is some gigabytes
     "archai": ("torch==2.13.0", "numpy", "pandas", "matplotlib", "pyyaml", "tqdm", "statopt",
                "overrides==3.1.0", "psutil", "onnx"),
+    "torch-pruning": ("torch==2.13.0", "torch-pruning==1.6.1"),
+    # it imports the last two without asking for them
+    "modelopt": ("torch==2.13.0", "nvidia-modelopt==0.47.0", "requests", "huggingface_hub"),
 }  # fmt: skip
 ALONE = {"archai": ("archai==1.0.0",)}  # installed without what they ask for
 _AGAIN = 500  # proposals in a row that are known already, after which a peer has nothing more
