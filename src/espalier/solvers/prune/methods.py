@@ -1,0 +1,162 @@
+"""Published ways to prune by gradient: each a choice of gates, rule, terms and settings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+
+from espalier.compress.gating import unit_gates, weight_gates
+from espalier.costs.cost import CodeCost
+from espalier.problem import Limit, Limits
+from espalier.solvers.prune.binary import BinaryUnits
+from espalier.solvers.prune.pricing import budgeted, sparse_budget
+from espalier.solvers.prune.rules import Descent
+from espalier.solvers.prune.soft import SoftThreshold
+from espalier.solvers.prune.solve import Pruned, prune
+from espalier.solvers.prune.terms import Consensus, Original
+from espalier.solvers.prune.topk import TopUnits
+from espalier.solvers.relax import ExpectedCost, FirstOrder, Settings, Term
+from espalier.tasks import Task
+from espalier.train.loop import Progress
+
+if TYPE_CHECKING:
+    from espalier.compress.pretrained import Pretrained
+
+Within = Limits | Iterable[Limit]
+
+# a trained model learns on: slower than from the start, and its architecture faster than DARTS's
+SETTINGS = Settings(
+    epochs=10, lr=0.02, lr_min=0.0, arch_lr=0.01, arch_betas=(0.9, 0.999), arch_decay=0.0
+)
+
+
+def dsa(
+    family: Pretrained,
+    task: Task,
+    within: Within,
+    *,
+    priced: Sequence[CodeCost] = (),
+    pull: float = 1.0,
+    distil: float = 0.0,
+    settings: Settings = SETTINGS,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Differentiable sparsity allocation: a keep ratio a group, learned with the weights.
+
+    Ratios begin at the nearest ones to the whole model within the limits, and move by the loss of a
+    part of train, drawn to the limits by ADMM with `pull`. `distil`: the original's share in the
+    loss. `within`, `priced`: as of `budgeted`. Also from fresh weights, as both learn at once.
+    Source: Ning et al., DSA: More Efficient Budgeted Pruning via Differentiable Sparsity Allocation,
+    ECCV 2020. Errors: `BudgetError`, and as of `relax`.
+    """
+    gated = unit_gates(family)
+    budget = budgeted(gated, within, priced)
+    begin = budget.project(np.ones(len(budget.names)))
+    return prune(
+        gated,
+        task,
+        budget,
+        SoftThreshold(dict(zip(budget.names, begin.tolist(), strict=True))),
+        rule=FirstOrder(),
+        terms=[Consensus(budget, pull), *_taught(family, distil)],
+        settings=settings,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def pas(
+    family: Pretrained,
+    task: Task,
+    within: Within,
+    *,
+    priced: Sequence[CodeCost] = (),
+    rate: float = 0.01,
+    pressure: float = 10.0,
+    distil: float = 0.0,
+    settings: Settings = SETTINGS,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Pruning as search: a binary gate a unit, learned with the weights on the same batches.
+
+    Gates do not look at magnitudes: they begin open and close where the loss resists least to
+    `pressure` (cost / limit - 1)^2, and may open again. `rate`: how far gates move in a step, on
+    average. Source: Li et al., Pruning-as-Search: Efficient Neural Architecture Search via Channel
+    Pruning and Structural Reparameterization, IJCAI 2022. Errors: as of `dsa`.
+    """
+    gated = unit_gates(family)
+    budget = budgeted(gated, within, priced)
+    costs = [
+        ExpectedCost(one.cost, one.most, "square", pressure, name=one.name) for one in budget.capped
+    ]
+    return prune(
+        gated,
+        task,
+        budget,
+        BinaryUnits(),
+        rule=Descent(rate, joint=True),
+        terms=[*costs, *_taught(family, distil)],
+        settings=settings,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def bip(
+    family: Pretrained | nn.Module,
+    task: Task,
+    within: Within | float,
+    *,
+    priced: Sequence[CodeCost] = (),
+    rate: float = 0.05,
+    curvature: float = 1.0,
+    layers: Sequence[str] | None = None,
+    settings: Settings = SETTINGS,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Bi-level pruning: the best units that fit, by scores that know how weights answer to masks.
+
+    The limits are kept in every step. Given a plain model and a number, single weights are masked
+    and that share of them is kept (in `layers`, all by default); `network()` then holds zeros.
+    Source: Zhang et al., Advancing Model Pruning via Bi-level Optimization, NeurIPS 2022.
+    Errors: as of `dsa`.
+    """
+    if isinstance(family, nn.Module):
+        assert isinstance(within, float)
+        gated = weight_gates(family, layers)
+        budget = sparse_budget(gated, within)
+        gates = TopUnits(budget, curvature, even=False)
+    else:
+        assert not isinstance(within, float)
+        gated = unit_gates(family)
+        budget = budgeted(gated, within, priced)
+        gates = TopUnits(budget, curvature, every=4)
+    return prune(
+        gated,
+        task,
+        budget,
+        gates,
+        rule=Descent(rate),
+        settings=replace(settings),
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _taught(family: Pretrained, share: float) -> list[Term]:
+    return [Original(copy.deepcopy(family.model), share)] if share else []
