@@ -17,6 +17,7 @@ from espalier.export.quantised import DOMAIN, MARK, Rounding, Weights
 
 Array = NDArray[Any]
 _MICROSOFT = "com.microsoft"
+_VIEWS = ("Flatten", "Reshape", "Squeeze")
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
@@ -24,7 +25,7 @@ def with_integers(data: bytes, roundings: Mapping[str, Rounding]) -> bytes:
     """A marked ONNX model with integers where the marks are. Errors: `ExportError`."""
     model = onnx.load_from_string(data)
     graph = _Graph(model)
-    for mark, name in graph.settle(roundings):
+    for mark, name in graph.round_tensors(roundings):
         weights, levels = roundings[name].weights, roundings[name].levels
         if weights is not None and weights.block:
             graph.pack(graph.product(mark, name), weights)
@@ -60,7 +61,7 @@ class _Graph:
             )
         self.constants[node.output[0]] = numpy_helper.from_array(value.copy(), node.output[0])
 
-    def settle(self, roundings: Mapping[str, Rounding]) -> list[tuple[Any, str]]:
+    def round_tensors(self, roundings: Mapping[str, Rounding]) -> list[tuple[Any, str]]:
         """Every mark replaced; gives the marks, each with its name.
 
         A mark behind one of the same levels rounds nothing more, and marks of one tensor with the
@@ -83,6 +84,7 @@ class _Graph:
             if levels is not None and level_of.get(taken) != levels:
                 key = (taken, *levels)
                 if key not in made:
+                    self._reach_back(nodes, taken, levels)
                     pair = self._pair(taken, levels)
                     nodes += pair
                     made[key] = pair[-1].output[0]
@@ -95,6 +97,15 @@ class _Graph:
                 nodes.append(helper.make_node("Identity", [source[value.name]], [value.name]))
         self.nodes = nodes
         return found
+
+    def _reach_back(self, nodes: list[Any], taken: str, levels: tuple[float, int]) -> None:
+        """What only changes the shape is fed with rounded numbers too, so that it stays whole."""
+        view = next((n for n in reversed(nodes) if taken in n.output), None)
+        if view is not None and view.op_type in _VIEWS and len(self.readers[taken]) == 1:
+            pair = self._pair(view.input[0], levels)
+            place = next(i for i, node in enumerate(nodes) if node is view)
+            nodes[place:place] = pair
+            view.input[0] = pair[-1].output[0]
 
     def _pair(self, name: str, levels: tuple[float, int]) -> list[Any]:
         scale = self.constant(f"{name}_scale", np.array(levels[0], np.float32))

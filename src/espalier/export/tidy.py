@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -33,17 +34,41 @@ def tidied(model: Any, dynamic: bool) -> Any:
 def _pool(graph: Any) -> None:
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info)}
     constants = {t.name: t for t in graph.initializer}
+    nodes: list[Any] = []
     for node in graph.node:
-        if node.op_type != "ReduceMean" or len(node.input) < 2 or ranks.get(node.input[0]) != 4:
+        nodes.append(node)
+        if node.op_type != "ReduceMean" or ranks.get(node.input[0]) != 4:
             continue
-        settings = {a.name: a.i for a in node.attribute}
-        axes = constants.get(node.input[1])
-        if axes is None or not settings.get("keepdims", 1):
+        axes, keeps = _mean(node, constants)
+        if axes != [2, 3]:
             continue
-        if sorted(int(a) % 4 for a in onnx.numpy_helper.to_array(axes).ravel()) == [2, 3]:
-            node.op_type = "GlobalAveragePool"
-            del node.input[1:]
-            del node.attribute[:]
+        node.op_type = "GlobalAveragePool"
+        del node.input[1:]
+        del node.attribute[:]
+        if not keeps:
+            given = node.output[0]
+            node.output[0] = f"{given}_pooled"
+            nodes.append(onnx.helper.make_node("Flatten", [node.output[0]], [given], axis=1))
+    if len(nodes) > len(graph.node):
+        copies = [_copy(node) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
     used = {name for node in graph.node for name in node.input}
     for name in set(constants) - used:
         graph.initializer.remove(constants[name])
+
+
+def _mean(node: Any, constants: Mapping[str, Any]) -> tuple[list[int], bool]:
+    """The axes of a ReduceMean over an image, sorted (none where unknown); whether they stay."""
+    settings = {a.name: a for a in node.attribute}
+    keeps = bool(settings["keepdims"].i) if "keepdims" in settings else True
+    axes: list[int] = list(settings["axes"].ints) if "axes" in settings else []
+    if len(node.input) > 1 and node.input[1] in constants:
+        axes = [int(a) for a in onnx.numpy_helper.to_array(constants[node.input[1]]).ravel()]
+    return sorted(axis % 4 for axis in axes), keeps
+
+
+def _copy(node: Any) -> Any:
+    made = onnx.NodeProto()
+    made.CopyFrom(node)
+    return made
