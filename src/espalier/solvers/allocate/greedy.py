@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espalier.errors import SpaceError
 from espalier.space import Space
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def greedy(program: Program) -> Codes | None:
     for last in (True, False):
         row = space.corner(last)
         if not space.valid(row)[0]:
-            row = space.repair(row, np.random.default_rng(0))
+            try:
+                row = space.repair(row, np.random.default_rng(0))
+            except SpaceError:
+                continue
         found = _kept(program, row)
         if found is not None:
             return _spent(program, found)
