@@ -80,9 +80,9 @@ class _Rounding:
     def _want(self, value: Value | None) -> None:
         if value is None or value == self._source or self._rounded(value):
             return
-        # innermost first; what only passes a tensor on (an identity) is no place to round it
-        for call in reversed(self._run.calls):
-            gives = call.made == value and call.taken != value and call.path
-            if gives and self._often[call.path] == 1:
+        givers = [c for c in reversed(self._run.calls) if c.made == value and c.path]
+        # innermost first; what only passes the tensor on rounds it for its own readers alone
+        for call in sorted(givers, key=lambda c: c.taken == value):
+            if self._often[call.path] == 1:
                 self._found[value] = call.path
                 return
