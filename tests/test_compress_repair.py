@@ -245,8 +245,11 @@ def test_what_can_not_be_refitted_is_said() -> None:
     shared.head = nn.Sequential(nn.Linear(96, 10))
     told = reconstruct(shared, net, inputs())
     assert {s["layer"]: s["reason"] for s in told["skipped"]} == {
-        "head.0": "Linear is NoneType in the original"
+        "head.0": "the original has no Linear of this name"
     }
+    attention = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval()
+    told = reconstruct(attention, copy.deepcopy(attention), torch.randn(4, 3, 4))
+    assert told["skipped"][0]["reason"].startswith("a NonDynamicallyQuantizableLinear: only Linear")
     shared.head = nn.Linear(96, 7)
     with pytest.raises(EspalierError, match="outputs of one shape"):
         reconstruct(shared, net, inputs())

@@ -42,7 +42,8 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Refits convolutions and linear layers of a cut model in place; gives what it did as JSON.
 
-    `examples (b, ...)` are inputs from training data, 100 to 1,000 of them. Layers are matched by
+    `examples (b, ...)` are inputs from training data, 100 to 1,000 of them, which go through both
+    models at once: memory is that of one such pass, without gradients. Layers are matched by
     name; which of the original's channels one has kept is found by its weights, or given in `kept`
     (indices by layer name). Weights that were set to 0 stay 0. `ridge` holds the weights back, in
     units of the inputs' mean square. Batch norms get the original's statistics, because refitted
@@ -98,8 +99,12 @@ class _Plan:
             if not isinstance(layer, KINDS):
                 continue
             twin: Any = twins.get(name)
-            if type(layer) not in KINDS or type(twin) is not type(layer):
-                self._skip(name, f"{type(layer).__name__} is {type(twin).__name__} in the original")
+            if type(layer) not in KINDS:
+                kinds = ", ".join(kind.__name__ for kind in KINDS)
+                self._skip(name, f"a {type(layer).__name__}: only {kinds} are refitted")
+                continue
+            if type(twin) is not type(layer):
+                self._skip(name, f"the original has no {type(layer).__name__} of this name")
                 continue
             rows = kept.get(name)
             rows = kept_rows(layer.weight, twin.weight) if rows is None else rows
