@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from espalier.flows.found import Found as Found
     from espalier.flows.plan import Plan as Plan
     from espalier.flows.search import search as search
+    from espalier.flows.shrink import shrink as shrink
+    from espalier.flows.shrunk import Shrunk as Shrunk
     from espalier.nets import Family as Family
     from espalier.nets import Supernet as Supernet
     from espalier.nets import elastic as elastic
@@ -85,6 +87,7 @@ _NAMES = {
     "Plan": "espalier.flows.plan",
     "Problem": "espalier.problem",
     "Recipe": "espalier.train",
+    "Shrunk": "espalier.flows.shrunk",
     "Space": "espalier.space",
     "Strategy": "espalier.solvers.strategies",
     "Study": "espalier.study",
@@ -95,6 +98,7 @@ _NAMES = {
     "ordinal": "espalier.space",
     "real": "espalier.space",
     "search": "espalier.flows.search",
+    "shrink": "espalier.flows.shrink",
 }
 __all__ = [*sorted([*_ROOMS, *_NAMES]), "__version__"]
 

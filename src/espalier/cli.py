@@ -1,4 +1,4 @@
-"""The command line: `espalier search | bench | measure | report | dashboard | recipe`."""
+"""The command line: `espalier search | shrink | bench | measure | report | dashboard | recipe`."""
 
 from __future__ import annotations
 
@@ -159,6 +159,136 @@ def search(
             _print_found(found.to_json(), page)
 
 
+@app.command()
+def shrink(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The trained model: my.py:make_model, called with nothing or with (shape, "
+            "classes), or a .pt2 or .onnx file."
+        ),
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Its weights: a state dict as .safetensors, .npz or .pt."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="What it was trained for: as for `search`.")] = "digits",
+    max_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max",
+            help="An upper limit, NAME=VALUE, as often as needed: latency_ms=0.3, bytes=200kB, "
+            "macs=2M, params=60k, or a share of the original's: latency_ms=60%.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="The time for everything, repair included: 40s, 10min.")
+    ] = "10min",
+    decisions: Annotated[
+        str, typer.Option(help="What may be cut, with commas: width, depth, bits, sparsity.")
+    ] = "width,depth",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="auto; allocate: an exact program on what each option harms; search: evolution on "
+            "whole candidates; relax: masks learned by gradients."
+        ),
+    ] = "auto",
+    measure: Annotated[
+        str,
+        typer.Option(help="What harm is: divergence from the original's outputs, loss, gradient."),
+    ] = "divergence",
+    repair: Annotated[
+        bool,
+        typer.Option("--repair/--no-repair", help="Least squares and fine-tuning after the cut."),
+    ] = True,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines/--no-baselines", help="Repair uniform and random cuts as well."),
+    ] = True,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only list what can be decided, and what not and why.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same study, on the same machine.")] = 0,
+    device: Annotated[str, typer.Option(help="Where ONNX Runtime runs: cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime may use.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size that latency is measured at.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; a new one under runs/ if not given.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the study in --out.")
+    ] = False,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take over the table and the profile of this earlier shrink of the model."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a trained model fit: cut, measure, repair, export, report.
+
+    Example: `espalier shrink model.py:make_model --weights w.safetensors --task cifar10
+    --max latency_ms=60% --max bytes=50% --budget 10min --out runs/small`
+    """
+    hint = f" Go on with the same command and --resume (study: {out})." if out else ""
+    with _one_line_errors(hint):
+        from espalier.flows.explain import explain as explained
+        from espalier.flows.progress import display
+        from espalier.flows.shrink import shrink as run
+        from espalier.problem import SearchBudget
+
+        given = Path(model) if Path(model).suffix in (".pt2", ".onnx") else _loaded(model)
+        if explain:
+            rows = explained(given, _loaded(task), weights=weights, decisions=decisions, seed=seed)
+            print(json.dumps(rows)) if as_json else _print_explained(rows)
+            return
+        spend = SearchBudget.parse(budget)
+        found = run(
+            given,
+            _loaded(task),
+            weights=weights,
+            within=_limits(max_ or []),
+            on=_runtime(device, threads, batch),
+            budget=spend,
+            decisions=decisions,
+            solver=solver,
+            measure=measure,  # type: ignore[arg-type]  # checked there
+            repair=repair,
+            baselines=baselines,
+            seed=seed,
+            out=out,
+            resume=resume,
+            reuse=reuse,
+            progress=display(spend.seconds, quiet or as_json),
+        )
+        page = found.publish()
+        if as_json:
+            print(json.dumps(found.to_json()))
+        else:
+            _print_found(found.to_json(), page, "shrunk")
+
+
+def _print_explained(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    console = Console()
+    table = Table("decision", "options", "layers it changes", title_justify="left")
+    for row in rows:
+        if "decision" in row:
+            options = ", ".join(map(str, row["options"]))
+            table.add_row(row["decision"], options, ", ".join(row["layers"]))
+    console.print(table)
+    left = [row for row in rows if "reason" in row]
+    if left:
+        table = Table("left alone", "kind", "why", title_justify="left")
+        for row in left:
+            table.add_row(", ".join(row["layers"]), row["kind"], row["reason"])
+        console.print(table)
+
+
 def _loaded(text: str) -> Any:
     """A name as it is, or the object that `file.py:name` points to: the user's own file."""
     path, _, name = text.partition(":")
@@ -187,7 +317,7 @@ def _takes_nothing(made: Any) -> bool:
     return not inspect.signature(made).parameters
 
 
-def _print_found(result: dict[str, Any], page: Path) -> None:
+def _print_found(result: dict[str, Any], page: Path, name: str = "found (best)") -> None:
     from rich.table import Table
 
     console = Console()
@@ -198,7 +328,7 @@ def _print_found(result: dict[str, Any], page: Path) -> None:
     table.add_column("network", no_wrap=True)
     for name in shown:
         table.add_column(f"test {name}" if name == quality else name, justify="right")
-    rows = [{**result["best"], "name": "found (best)"}]
+    rows = [{**result["best"], "name": name}]
     rows += [
         {**e, "name": "found (cheaper)"} for e in result["front"] if e["id"] != result["best"]["id"]
     ]

@@ -9,6 +9,7 @@ from espalier.report.front import front
 from espalier.report.latency import latency
 from espalier.report.progress import progress
 from espalier.report.reading import Result
+from espalier.report.shrunk import repair
 
 
 def figures(result: Result) -> dict[str, list[dict[str, Any]]]:
@@ -18,5 +19,6 @@ def figures(result: Result) -> dict[str, list[dict[str, Any]]]:
         "architecture": architecture(result),
         "progress": progress(result),
         "latency": latency(result),
+        "repair": repair(result),
     }
     return {name: views for name, views in found.items() if views}

@@ -146,12 +146,20 @@ def _trained(result: Result, metric: str) -> list[Figure]:
     for i, other in enumerate(result.baselines):
         if None not in (other.value(metric), other.value(result.quality)):
             mark = {"size": 11, "color": plot.COLOURS[i % 5], "symbol": _SYMBOLS[i % 5]}
-            traces.append(_points(result, [other], metric, f"{other.name}, trained", mark))
+            traces.append(
+                _points(result, [other], metric, f"{other.name}{_trained_word(result)}", mark)
+            )
     edge = {"width": 1.5, "color": "@paper"}
     star = {"size": 19, "color": "@accent", "symbol": "star", "line": edge}
     if result.best.value(metric) is not None:
-        traces.append(_points(result, [result.best], metric, "chosen, trained", star))
+        traces.append(
+            _points(result, [result.best], metric, f"chosen{_trained_word(result)}", star)
+        )
     return traces
+
+
+def _trained_word(result: Result) -> str:
+    return "" if result.shrink else ", trained"
 
 
 def _points(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from espalier.report import layers, numbers, tables, verdict, words
+from espalier.report import layers, numbers, shrunk, tables, verdict, words
 from espalier.report.reading import Result
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
@@ -19,6 +19,8 @@ def markdown(result: Result, figure: str = "") -> str:
         _answer(result),
         [f"![Quality against cost]({figure})"] if figure else [],
         _networks(result),
+        _repair(result),
+        _spent(result),
         _layers(result),
         _latency(result),
         _effects(result),
@@ -73,6 +75,21 @@ def _networks(result: Result) -> list[str]:
             [(r.role, r.name, *r.cells, r.kept, r.start) for r in rows],
         ),
     ]
+
+
+def _repair(result: Result) -> list[str]:
+    heads, rows = shrunk.stages(result)
+    if not rows:
+        return []
+    quality = numbers.label(result.quality)
+    table = _table(("network", *heads), [(name, *cells) for name, cells in rows])
+    return ["## Before and after repair", "", f"Validation {quality} after each stage.", "", *table]
+
+
+def _spent(result: Result) -> list[str]:
+    heads, layers = shrunk.spent(result)
+    rows = [(x.name, *(p.text if p else numbers.DASH for p in x.parts)) for x in layers]
+    return ["## Where the budget goes", "", *_table(("layer", *heads), rows)] if rows else []
 
 
 def _layers(result: Result) -> list[str]:

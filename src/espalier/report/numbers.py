@@ -32,6 +32,8 @@ def label(metric: str) -> str:
     base, _, tail = metric.rpartition("_")
     if tail in ("validation", "estimated", "predicted") and base:
         return f"{tail} {label(base)}"
+    if tail == "before" and base:
+        return f"{label(base)} before repair"
     return metric.removesuffix("_ms").replace("_", " ")
 
 

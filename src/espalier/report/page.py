@@ -10,10 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from espalier.report import drawing, figures, front, layers, numbers, tables, verdict, words
+from espalier.report import drawing, figures, front, layers, numbers, shrunk, tables, verdict, words
 from espalier.report.reading import Result, plain
 
-_HEIGHTS = {"front": 480, "architecture": 340, "progress": 340, "latency": 420}
+_HEIGHTS = {"front": 480, "architecture": 340, "progress": 340, "latency": 420, "repair": 400}
+_HARM = {
+    "loss": "the task's loss",
+    "divergence": "how far outputs are from the original's",
+    "gradient": "the change of outputs, weighted by the gradient of the loss",
+}
 
 
 def page(result: Result) -> str:
@@ -29,6 +34,7 @@ def page(result: Result) -> str:
         lead=verdict.lead(result),
         question=words.question(result),
         decisions=_decisions(result),
+        **_shrink(result),
         tiles=tables.tiles(result),
         drawing=drawing.draw(stages),
         stages=stages,
@@ -49,6 +55,23 @@ def page(result: Result) -> str:
         numbers=numbers,
         words=words,
     )  # fmt: skip
+
+
+def _shrink(result: Result) -> dict[str, Any]:
+    """What only the page of a shrink has."""
+    spent_heads, spent_rows = shrunk.spent(result)
+    stage_heads, stage_rows = shrunk.stages(result)
+    measure = str(result.shrink.get("measure") or "")
+    return {
+        "spent_heads": spent_heads,
+        "spent_rows": spent_rows,
+        "sensitive": shrunk.sensitivity(result),
+        "harm_word": _HARM.get(measure, measure),
+        "stage_heads": stage_heads,
+        "stage_rows": stage_rows,
+        "rounds": shrunk.rounds(result),
+        "left_alone": shrunk.ignored(result),
+    }
 
 
 def inline_json(value: Any) -> Markup:

@@ -28,7 +28,8 @@ def text(plain: str) -> str:
 def axis(title: str, metric: str, span: Sequence[float] = (), unit: str = "") -> Figure:
     """An axis with ticks in the metric's own way: per cent, k and M, bytes."""
     way = numbers.kind(metric, unit)
-    formats = {"share": ".0%", "count": "~s", "bytes": "~s"}
+    fine = len(span) == 2 and span[1] - span[0] < 0.06
+    formats = {"share": ".1%" if fine else ".0%", "count": "~s", "bytes": "~s"}
     out: Figure = {
         "title": {"text": text(title), "standoff": 10},
         "gridcolor": "@line",

@@ -59,11 +59,13 @@ class Entry:
         return numbers.show(self.value(metric), metric, self.unit(metric))
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
-def _rows(value: Any) -> list[Mapping[str, Any]]:
+def rows(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings of a list; none where the value is no list."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         return []
     return [row for row in value if isinstance(row, Mapping)]
@@ -73,8 +75,8 @@ def _entry(row: Mapping[str, Any], name: str) -> Entry:
     return Entry(
         str(row.get("name") or name),
         str(row.get("id") or ""),
-        _mapping(row.get("candidate")),
-        _mapping(row.get("metrics")),
+        mapping(row.get("candidate")),
+        mapping(row.get("metrics")),
         str(row.get("start") or ""),
     )
 
@@ -84,28 +86,29 @@ class Result:
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
-        self.question = _mapping(raw.get("question"))
-        self.task = _mapping(self.question.get("task"))
-        self.family = _mapping(self.question.get("family"))
-        self.runtime = _mapping(self.question.get("runtime"))
-        self.machine = _mapping(self.question.get("machine"))
-        self.latency = _mapping(raw.get("latency"))
-        self.seconds = _mapping(raw.get("seconds"))
-        self.budget = _mapping(raw.get("budget"))
-        self.files = _mapping(raw.get("files"))
-        self.reproduce = _mapping(raw.get("reproduce"))
-        self.trials = _rows(raw.get("trials"))
-        self.progress = _rows(raw.get("progress"))
-        self.decisions = _rows(raw.get("decisions"))
-        self.network = _rows(raw.get("network"))
-        learned = _mapping(raw.get("architecture"))
-        self.epochs = _rows(learned.get("history"))
-        self.options = _mapping(learned.get("options"))
+        self.question = mapping(raw.get("question"))
+        self.task = mapping(self.question.get("task"))
+        self.family = mapping(self.question.get("family"))
+        self.runtime = mapping(self.question.get("runtime"))
+        self.machine = mapping(self.question.get("machine"))
+        self.latency = mapping(raw.get("latency"))
+        self.seconds = mapping(raw.get("seconds"))
+        self.budget = mapping(raw.get("budget"))
+        self.files = mapping(raw.get("files"))
+        self.reproduce = mapping(raw.get("reproduce"))
+        self.trials = rows(raw.get("trials"))
+        self.progress = rows(raw.get("progress"))
+        self.decisions = rows(raw.get("decisions"))
+        self.network = rows(raw.get("network"))
+        self.shrink = mapping(raw.get("shrink"))
+        learned = mapping(raw.get("architecture"))
+        self.epochs = rows(learned.get("history"))
+        self.options = mapping(learned.get("options"))
         self.operators = numbers.real(learned.get("operators"))
-        self.best = _entry(_mapping(raw.get("best")), "found")
-        self.front = [_entry(row, "found") for row in _rows(raw.get("front"))]
-        self.baselines = [_entry(row, "baseline") for row in _rows(raw.get("baselines"))]
-        self.limits = list(_bounds(_rows(self.question.get("limits"))))
+        self.best = _entry(mapping(raw.get("best")), "found")
+        self.front = [_entry(row, "found") for row in rows(raw.get("front"))]
+        self.baselines = [_entry(row, "baseline") for row in rows(raw.get("baselines"))]
+        self.limits = list(_bounds(rows(self.question.get("limits"))))
         notes = raw.get("notes")
         self.notes = [str(n) for n in notes] if isinstance(notes, (list, tuple)) else []
 
@@ -166,8 +169,8 @@ def keeps(result: Result, entry: Entry) -> bool | None:
     return None if None in verdicts else True
 
 
-def _bounds(rows: list[Mapping[str, Any]]) -> Iterator[Bound]:
-    for row in rows:
+def _bounds(table: list[Mapping[str, Any]]) -> Iterator[Bound]:
+    for row in table:
         bound = numbers.real(row.get("bound"))
         if bound is not None and row.get("metric"):
             op, unit = str(row.get("op") or "<="), str(row.get("unit") or "")

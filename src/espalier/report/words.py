@@ -38,7 +38,12 @@ def how(result: Result, entry: Entry, metric: str) -> str:
     if split:
         n = numbers.real(result.task.get(split))
         examples = f"the {numbers.whole(n)} {split} examples" if n else f"the {split} split"
-        weights = {"estimated": "shared weights, ", "measured": "trained to the end, "}.get(way, "")
+        whole = {"given": "as given, ", "repaired": "repaired, "}.get(
+            entry.start, "trained to the end, "
+        )
+        weights = {"estimated": "shared weights, ", "measured": whole}.get(way, "")
+        if metric.endswith("_before"):
+            weights = "as cut, "
         return f"{way}: {weights}{examples}" if way else examples
     if way == "measured" and numbers.kind(metric, entry.unit(metric)) == "ms":
         return f"measured in {runtime(result)}, the median run"
@@ -62,11 +67,12 @@ def question(result: Result) -> list[tuple[str, str]]:
     """The question as terms and texts; what is not known is left out."""
     rows = [
         ("Task", _task(result)),
-        ("Family", _family(result)),
+        ("Model" if result.shrink else "Family", _family(result)),
         ("Limits", ", ".join(str(x) for x in result.limits) or "none"),
         ("Latency is measured by", _runtime(result)),
         ("Machine", _machine(result)),
-        ("Search budget", _budget(result)),
+        ("Decided by", _solver(result)),
+        ("Budget" if result.shrink else "Search budget", _budget(result)),
         ("Seed", _text(result.question.get("seed"))),
     ]
     return [(term, text) for term, text in rows if text]
@@ -97,6 +103,11 @@ def _family(result: Result) -> str:
     if family.get("size") is not None:
         parts.append(f"{numbers.whole(family['size'])} candidates")
     return ", ".join(parts)
+
+
+def _solver(result: Result) -> str:
+    about = result.shrink.get("solver")
+    return str(about.get("name") or "") if isinstance(about, Mapping) else ""
 
 
 def runtime(result: Result) -> str:

@@ -1,0 +1,158 @@
+"""Solve, build, measure, tighten: until the measured cost is just within the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from espalier.errors import BudgetError
+from espalier.flows.shrinking import LATENCY, Shrinking
+from espalier.problem import Limit, Reading
+from espalier.space import Candidate
+
+# A candidate that is first measured inside the limit by this much stays inside it when its
+# repaired weights are measured again, noise allowed; nearer than `_CLOSE` is not worth a round.
+_AIM, _CLOSE = 0.985, 0.965
+_ROUNDS = 6  # candidates measured
+_LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
+_SOLVED = 24  # answers asked for, those that were measured before included
+_LOOKS = 3  # on a busy machine the middle of this many measurements counts
+
+# The best candidate within limits on predicted costs. `BudgetError` where there is none.
+Solve = Callable[[Sequence[Limit]], Candidate]
+
+
+def fitted(job: Shrinking, name: str, solve: Solve, tighten: float = 1.0) -> Candidate:
+    """The best candidate that keeps every limit as measured, found in a few rounds.
+
+    `solve` reads limits on predicted latency; each round corrects that limit by what its answer
+    measures. `tighten` asks for less than the limit. Every round is recorded in `job.rounds`.
+    Errors: `BudgetError` with what is reachable.
+    """
+    limit = job.latency_limit
+    if limit is None or job.predicted is None:
+        return solve(job.limits)
+    return _Fitting(job, name, solve, limit, limit.bound * tighten).run()
+
+
+class _Fitting:
+    """The bound on the prediction lies between one that kept the limit and one that broke it."""
+
+    def __init__(
+        self, job: Shrinking, name: str, solve: Solve, limit: Limit, wanted: float
+    ) -> None:
+        self.job, self.name, self.solve, self.limit, self.wanted = job, name, solve, limit, wanted
+        self.kept: tuple[float, Candidate] | None = None
+        self.broken = float("inf")
+        self.times: dict[Candidate, float] = {}
+
+    def run(self) -> Candidate:
+        job = self.job
+        predicted = job.price(job.family.original)[LATENCY].value
+        bound = self.wanted * predicted / job.original.metrics[LATENCY].value
+        for _ in range(_SOLVED):
+            candidate = self.answer(bound)
+            if candidate is None:
+                break
+            new = candidate not in self.times
+            time = self.measured(candidate, bound)
+            if time <= self.wanted:
+                if self.kept is None or bound > self.kept[0]:
+                    self.kept = bound, candidate
+                if time >= _CLOSE * self.wanted or candidate == job.family.original:
+                    break
+            else:
+                self.broken = min(self.broken, bound)
+            rounds = len(self.times)
+            if rounds >= _ROUNDS and (self.kept or rounds >= _ROUNDS + _LAST_ROUNDS):
+                break
+            following = self.next(bound, time, new)
+            if abs(following - bound) < 0.003 * bound:
+                break
+            bound = following
+        return self.kept[1] if self.kept else cheapest(job, self.name, self.wanted)
+
+    def answer(self, bound: float) -> Candidate | None:
+        limits = [replace(x, bound=bound) if x is self.limit else x for x in self.job.limits]
+        try:
+            return self.solve(limits)
+        except BudgetError:
+            return None
+
+    def next(self, bound: float, time: float, new: bool) -> float:
+        """What the last measurement asks for, inside what is known; halfway where it is not new."""
+        low = self.kept[0] if self.kept else 0.0
+        step = bound * _AIM * self.wanted / time
+        if len(self.times) >= _ROUNDS and not self.kept:
+            step = min(step, 0.85 * bound)
+        if new and low < step < self.broken:
+            return step
+        if not low:
+            return 0.95 * min(self.broken, bound)
+        return (low + self.broken) / 2 if self.broken < float("inf") else 1.03 * bound
+
+    def measured(self, candidate: Candidate, bound: float) -> float:
+        if candidate not in self.times:
+            time = measured(self.job, candidate)
+            self.times[candidate] = time
+            _note(self.job, self.name, candidate, bound, time, self.wanted)
+        return self.times[candidate]
+
+
+def measured(job: Shrinking, candidate: Candidate) -> float:
+    """Milliseconds on the runtime; on a busy machine the middle of several measurements."""
+    first = job.measured(candidate, None, "latency")
+    if not job.study.once(f"latency/{candidate.id}", dict).get("busy"):
+        return first.value
+    more = [job.measured(candidate, None, f"latency-{i}") for i in range(1, _LOOKS)]
+    return float(np.median([first.value, *(r.value for r in more)]))
+
+
+def cheapest(job: Shrinking, name: str, wanted: float) -> Candidate:
+    """The candidate with the least latency, where that keeps all limits as measured.
+
+    Errors: `BudgetError` with what it takes.
+    """
+    candidate = least(job, LATENCY)
+    time = measured(job, candidate)
+    _note(job, name, candidate, 0.0, time, wanted)
+    reading = Reading(time, "ms", "measured")
+    if time <= wanted and job.keeps({**job.price(candidate), LATENCY: reading}):
+        return candidate
+    limit = job.latency_limit
+    assert limit is not None
+    over = reading.value / limit.bound - 1
+    share = reading.value / job.original.metrics[LATENCY].value
+    raise BudgetError(
+        f"no shrunk {job.family.name} keeps {', '.join(map(str, job.limits))} as measured: the "
+        f"smallest takes {reading.value:.4g} ms, {over:.0%} over {limit.bound:.4g} ms and "
+        f"{share:.0%} of the original's, on {job.runtime.name}; raise the limit or allow more "
+        "decisions"
+    )
+
+
+def least(job: Shrinking, metric: str) -> Candidate:
+    """The candidate of the least predicted cost that keeps the other limits, if any can."""
+    from espalier.flows.solving import cheapest_program
+
+    return cheapest_program(job, metric)
+
+
+def _note(
+    job: Shrinking, name: str, candidate: Candidate, bound: float, measured: float, wanted: float
+) -> None:
+    job.rounds.append(
+        {
+            "name": name,
+            "candidate": candidate.id,
+            "bound": bound,
+            "predicted": job.price(candidate)[LATENCY].value,
+            "measured": measured,
+            "limit": wanted,
+            "kept": measured <= wanted,
+        }
+    )
+    word = "keeps" if measured <= wanted else "breaks"
+    job.show.note(f"{name}: {measured:.4g} ms measured, {word} {wanted:.4g} ms")

@@ -1,0 +1,92 @@
+"""The solver "relax" of a shrink: masks learn which channels stay; then the nearest that fits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from espalier import train
+from espalier.errors import EspalierError
+from espalier.estimators.calibration import Calibrated
+from espalier.flows.fitting import Solve
+from espalier.flows.shrinking import Shrinking
+from espalier.flows.solving import program_on
+from espalier.flows.speed import FewBatches, timed_second
+from espalier.solvers.allocate import Factor
+from espalier.solvers.prune import dsa
+from espalier.solvers.prune.methods import SETTINGS
+from espalier.train import Recipe
+
+_SHARE = 0.3  # of the time, for masks that learn
+_DEARER = 3.0  # an epoch of masks and weights against one of weights
+_MORE = 0.1  # keeping more than was learned is no harm but for the cost: a little, to break ties
+
+
+def relaxing(job: Shrinking) -> Solve:
+    """Differentiable sparsity allocation (Ning et al., 2020) within the limits, once; each answer is
+    the candidate nearest to what was learned that keeps the limits, solved exactly.
+
+    The learned order of channels becomes the family's. Errors: `EspalierError` without widths.
+    """
+    names = [n for n in job.family.space.names if n.startswith("width:")]
+    if not names:
+        raise EspalierError(
+            "solver 'relax' learns which channels stay: add 'width' to the decisions, or take "
+            "solver='allocate'"
+        )
+    path = job.study.folder / "gates-scores.safetensors"
+
+    def learn() -> dict[str, Any]:
+        epochs = _epochs(job)
+        job.show.phase("masks learn which channels stay", epochs)
+        found = dsa(
+            job.family,
+            job.task,
+            job.limits,
+            priced=[job.predicted] if job.predicted else (),
+            settings=replace(SETTINGS, epochs=epochs),
+            seed=job.seed,
+            checkpoint=job.study.folder / "gates.safetensors",
+            progress=job.show.step,
+        )
+        scores = {n.removeprefix("width:"): s.contiguous() for n, s in found.scores.items()}
+        save_file(scores, path)
+        return found.candidate.to_json()
+
+    learned = job.study.once("gates", learn)
+    job.family = job.family.with_scores(load_file(path))
+    job.calibrated = Calibrated(
+        job.family,
+        job.task,
+        measure=job.measure,
+        images=job.calibrated.images,
+        seed=job.seed,
+    )
+    return program_on(job, _distances(job, learned))
+
+
+def _epochs(job: Shrinking) -> int:
+    if job.budget.seconds is None:
+        return SETTINGS.epochs
+    probe, few = copy.deepcopy(job.family.model), FewBatches(job.task, 4)
+    recipe = Recipe(epochs=1, batch=SETTINGS.batch, lr=1e-4)
+    steps = max(job.task.size("train") // SETTINGS.batch, 1)
+    seconds = timed_second(lambda: train.fit(probe, few, recipe, 0), 1) * steps / min(4, steps)
+    return int(np.clip(_SHARE * job.budget.seconds / (_DEARER * seconds), 1, SETTINGS.epochs))
+
+
+def _distances(job: Shrinking, learned: Mapping[str, Any]) -> list[Factor]:
+    """How far each option is from what was learned, as a share of the original's."""
+    factors = []
+    for decision in job.family.space.decisions:
+        options = np.array(decision.options, dtype=float)
+        target = float(learned.get(decision.name, options[-1]))
+        away = (target - options) / abs(options[-1])
+        values = np.where(away > 0, away, -_MORE * away)
+        factors.append(Factor((decision.name,), values, name=decision.name))
+    return factors

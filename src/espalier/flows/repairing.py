@@ -1,0 +1,149 @@
+"""Repair of what was cut: statistics, least squares, fine-tuning; the best stage is kept."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from espalier import train
+from espalier.compress import repair
+from espalier.flows.finals import Entry, whole_entry
+from espalier.flows.shrinking import Shrinking
+from espalier.flows.weights import derive, save_weights, trained_network, weights_path
+from espalier.problem import Reading
+from espalier.space import Candidate
+from espalier.train.evaluate import calibration
+
+START = "repaired"
+STAGES = ("cut", "statistics", "least squares", "fine-tuned")
+_LAST_SECONDS = 8.0  # export and report, after everything else
+_EXAMPLES = 512  # of least squares
+_LEAST = 1.0  # seconds of repair for each network, however little is left
+
+
+def repair_all(job: Shrinking, chosen: Mapping[str, Candidate]) -> dict[str, Entry]:
+    """Repairs each candidate in an equal share of the time that is left; measures and tests each."""
+    seconds = job.study.once("repair seconds", lambda: _share(job, len(set(chosen.values()))))
+    out = {}
+    for name, candidate in chosen.items():
+        repaired(job, name, candidate, seconds)
+        out[name] = replace(entry_of(job, candidate), name=name)
+    return out
+
+
+def _share(job: Shrinking, count: int) -> float | None:
+    left = job.left()
+    return None if left is None else max((left - _LAST_SECONDS) / max(count, 1), _LEAST)
+
+
+def repaired(
+    job: Shrinking, name: str, candidate: Candidate, seconds: float | None
+) -> dict[str, Any]:
+    """Repairs one candidate and keeps its weights; gives its stages. Done once a study."""
+    path = weights_path(job.study.folder, candidate, START)
+
+    def work() -> dict[str, Any]:
+        network, stages = _Repair(job, name, candidate, path, seconds).run()
+        save_weights(network, path)
+        for leftover in path.parent.glob(path.stem + ".partial*"):
+            leftover.unlink()
+        return {"stages": stages, "seconds": seconds}
+
+    done: dict[str, Any] = job.study.once(f"repair/{candidate.id}", work)
+    return done
+
+
+class _Repair:
+    """One repair: each stage starts from the best before it."""
+
+    def __init__(
+        self, job: Shrinking, name: str, candidate: Candidate, path: Path, seconds: float | None
+    ) -> None:
+        self.job, self.name, self.candidate, self.path = job, name, candidate, path
+        self.seconds = seconds
+        self.started = time.time()
+        self.stages: list[dict[str, Any]] = []
+        self.best: nn.Module = job.family.build(candidate)
+        self.top = -float("inf")
+
+    def run(self) -> tuple[nn.Module, list[dict[str, Any]]]:
+        self.judge("cut", self.best)
+        if self.candidate != self.job.family.original:
+            if self.job.repair:
+                self.stage("least squares", self.least_squares)  # it sets statistics itself
+                self.stage("fine-tuned", self.fine_tune)
+            else:
+                self.stage("statistics", self.statistics)
+        return self.best, self.stages
+
+    def stage(self, name: str, change: Any) -> None:
+        self.job.show.phase(f"{self.name}: {name}", 1)
+        network = copy.deepcopy(self.best)
+        more = change(network) or {}
+        self.judge(name, network, more)
+
+    def judge(self, name: str, network: nn.Module, more: Mapping[str, Any] | None = None) -> None:
+        job = self.job
+        judged = train.evaluate(network, job.task, "validation")
+        sign = 1.0 if job.quality.goal == "max" else -1.0
+        value = sign * judged[job.quality.name]
+        kept = value >= self.top
+        if kept:
+            self.best, self.top = network, value
+        spent = time.time() - self.started
+        row = {"stage": name, "kept": kept, "seconds": round(spent, 2), "metrics": judged}
+        self.stages.append({**row, **(more or {})})
+        job.show.best(f"{self.name}, {name}: {job.quality.name} {judged[job.quality.name]:.4g}")
+
+    # --- the stages ------------------------------------------------------------------------
+
+    def statistics(self, network: nn.Module) -> None:
+        repair.recalibrate(network, self.job.task, 4)
+
+    def least_squares(self, network: nn.Module) -> dict[str, Any]:
+        """The original's outputs, layer by layer, on examples of train."""
+        example = calibration(self.job.task, 1, _EXAMPLES, self.job.seed)[0]
+        done = repair.reconstruct(
+            network,
+            self.job.family.model,
+            example,
+            seed=self.job.seed,
+            progress=self.job.show.step,
+        )
+        return {"output": done["output"], "skipped": done["skipped"]}
+
+    def fine_tune(self, network: nn.Module) -> dict[str, Any]:
+        """Distillation from the original in the rest of this network's time."""
+        left = None
+        if self.seconds is not None:
+            left = max(self.seconds - (time.time() - self.started), 0.5 * _LEAST)
+        done = repair.finetune(
+            network,
+            self.job.family.model,
+            self.job.task,
+            self.job.recipe,
+            seconds=left,
+            seed=derive(self.job.seed, "repair", self.candidate.id),
+            checkpoint=self.path.with_suffix(".partial"),
+            progress=self.job.show.step,
+        )
+        return {"history": done["history"]}
+
+
+def entry_of(job: Shrinking, candidate: Candidate) -> Entry:
+    """The row of a repaired candidate: its latency measured again, its test read once."""
+    stages: Sequence[Mapping[str, Any]] = job.study.once(f"repair/{candidate.id}", dict)["stages"]
+    kept = [s for s in stages if s["kept"]][-1]
+    name = job.quality.name
+    final = job.validated(kept["metrics"])
+    cut = stages[0]["metrics"][name]
+    final[f"{name}_before"] = Reading(cut, job.quality.unit, "measured", "validation")
+    weights = weights_path(job.study.folder, candidate, START)
+    network = trained_network(job.family, candidate, weights)
+    return whole_entry(job, candidate, network, START, final)

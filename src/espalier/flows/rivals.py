@@ -1,0 +1,104 @@
+"""What an answer is compared with: all layers thinned alike, and the best of random candidates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espalier.errors import BudgetError
+from espalier.flows.fitting import Solve, fitted
+from espalier.flows.pricing import hand_scaled
+from espalier.flows.shrinking import Shrinking
+from espalier.problem import Limit, Problem
+from espalier.space import Candidate
+
+_SHARES = 400
+_DRAWN = 4000
+_MOST, _LEAST, _TIME = 200, 4, 0.1  # random candidates judged; share of the whole time for it
+_FILLED = 0.85  # random candidates that leave more of the budget unused are not judged
+
+
+def rivals(job: Shrinking) -> dict[str, Candidate]:
+    """Name to candidate; one that can't keep the limits as measured is left out."""
+    out = {}
+    for name, make in (("uniform width", uniform), ("random", by_chance)):
+        try:
+            out[name] = fitted(job, name, make(job))
+        except BudgetError as error:
+            job.show.note(f"baseline {name} is left out: {error}")
+    return out
+
+
+def uniform(job: Shrinking) -> Solve:
+    """All widths as nearly as they can be the same share; without widths, everything scaled."""
+    space = job.family.space
+    codes = hand_scaled(space, _SHARES)
+    others = [i for i, d in enumerate(space.decisions) if not d.name.startswith("width:")]
+    if len(others) < len(space):
+        codes[:, others] = space.corner(last=True)[0, others]
+        codes = space.canonical(codes)
+        codes = codes[space.valid(codes)]
+    return _best_of(job, codes[::-1])
+
+
+def by_chance(job: Shrinking) -> Solve:
+    """Random candidates that use most of the budget; the least harm of those judged."""
+    space = job.family.space
+    rng = np.random.default_rng([job.seed, 0xC4A])
+    counts = np.array([d.count for d in space.decisions])
+    # small and large ones alike: uniform draws hardly ever come near a tight limit
+    power = rng.choice([0.25, 0.5, 1.0, 1.6, 2.5], size=(_DRAWN, 1))
+    codes = np.floor(counts * rng.random((_DRAWN, len(counts))) ** power).astype(space.dtype)
+    codes = space.canonical(np.minimum(codes, counts - 1).astype(space.dtype))
+    codes = codes[space.valid(codes)]
+    codes = codes[space.unique(codes)]
+    prices = job.pricing(codes)
+    order: list[int] = []
+
+    def solve(limits: Sequence[Limit]) -> Candidate:
+        kept = Problem((), tuple(limits)).violations(prices) <= 0
+        if not order:
+            full = np.max([prices[x.metric] / x.bound for x in limits], axis=0)
+            near = np.flatnonzero(kept & (full >= _FILLED))
+            order.extend(_judged(job, codes, near if len(near) else np.flatnonzero(kept)))
+        found = [i for i in order if kept[i]] or list(np.flatnonzero(kept))
+        if not found:
+            raise BudgetError(f"none of {_DRAWN} random candidates keeps the limits")
+        return space.decode(codes[[found[0]]])[0]
+
+    return solve
+
+
+def _judged(job: Shrinking, codes: NDArray[Any], rows: NDArray[np.int64]) -> list[int]:
+    """As many rows as there were options to profile, or as the time allows; least harm first."""
+    count = min(len(rows), job.options, _MOST)
+    ends = None if job.budget.seconds is None else time.time() + _TIME * job.budget.seconds
+
+    def judge() -> list[list[float]]:
+        job.show.phase("judging random candidates", count)
+        found: list[list[float]] = []
+        for i in rows[:count]:
+            if ends is not None and time.time() > ends and len(found) >= _LEAST:
+                break
+            found.append([float(i), *job.harm(job.family.space.decode(codes[[i]]))])
+            job.show.step(len(found), count)
+        return found
+
+    return [int(i) for i, _ in sorted(job.study.once("random harm", judge), key=lambda p: p[1])]
+
+
+def _best_of(job: Shrinking, rows: NDArray[Any]) -> Solve:
+    """The first of rows that keeps the limits."""
+    prices = job.pricing(rows)
+
+    def solve(limits: Sequence[Limit]) -> Candidate:
+        kept = np.flatnonzero(Problem((), tuple(limits)).violations(prices) <= 0)
+        if len(kept) == 0:
+            raise BudgetError(f"no uniform width keeps {', '.join(map(str, limits))}")
+        return job.family.space.decode(rows[kept[:1]])[0]
+
+    return solve

@@ -1,0 +1,282 @@
+"""The other main job: a trained model and a budget go in, the best model that fits comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from espalier import tasks
+from espalier.compress import Bits, Cut, Depth, Pretrained, Sparsity, Widths
+from espalier.compress.importance import scores
+from espalier.compress.widths import BoundWidths
+from espalier.costs import Counts, OnnxRuntime, PredictedLatency
+from espalier.errors import BudgetError, EspalierError, StudyError, unknown
+from espalier.estimators.calibration import Measure
+from espalier.flows.fitting import fitted
+from espalier.flows.given import ModelLike, given_model
+from espalier.flows.measuring import free_folder, plain_runtime, withdraw
+from espalier.flows.pricing import check_names
+from espalier.flows.progress import Display, Silent
+from espalier.flows.repairing import repair_all
+from espalier.flows.rivals import rivals
+from espalier.flows.shrinking import Shrinking
+from espalier.flows.shrunk import Shrunk
+from espalier.flows.solving import check_counted, check_names_of, chosen, solve_by
+from espalier.problem import Limit, Limits, SearchBudget, limits
+from espalier.study import Study
+from espalier.tasks import Task
+from espalier.train import Recipe
+from espalier.train.evaluate import calibration
+from espalier.train.seeds import generator
+
+CUTS: Mapping[str, type[Cut]] = {
+    "width": Widths,
+    "depth": Depth,
+    "bits": Bits,
+    "sparsity": Sparsity,
+}
+_CALIBRATION = 128  # images that ranges of activations are read from
+_SCORED = 8  # batches that the importance of channels is read from
+_ANSWER = "shrunk"
+_TIGHTER = (1.0, 0.95, 0.88)  # where the repaired network lands over the limit after all
+
+
+def shrink(
+    model: ModelLike,
+    task: Task | str,
+    *,
+    example: Tensor | None = None,
+    weights: str | Path | None = None,
+    within: Limits | Sequence[Limit],
+    on: OnnxRuntime | None = None,
+    budget: str | float | SearchBudget = "10min",
+    decisions: str | Iterable[str | Cut] = ("width", "depth"),
+    solver: str = "auto",
+    measure: Measure = "divergence",
+    repair: bool = True,
+    baselines: bool = True,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    reuse: str | Path | None = None,
+    progress: Display | None = None,
+) -> Shrunk:
+    """Changes a trained model so that it keeps limits measured on a device, and stays good.
+
+    The flow: the original is measured; the latency of its layers at every width goes into a table;
+    what every option harms is read on training data; an exact program chooses under all limits at
+    once, and its answer is built, measured and tightened until it keeps the limits as measured;
+    then it is repaired (statistics, least squares, distillation from the original), measured again
+    and tested once. All widths thinned alike and the best of random candidates get the same.
+
+    - `model`: a module, a function that makes one (of nothing, or of shape and classes), or a file.
+    - `weights`: a .safetensors, .npz or .pt state dict for it. `example`: an input, if not the task's.
+    - `task`: a task, or a name such as "digits" or "cifar10".
+    - `within`: limits, several at once; "60%" is a share of the original.
+    - `on`: the runtime that latency is measured on.
+    - `budget`: the time for everything: most of it is repair.
+    - `decisions`: kinds among "width", "depth", "bits" and "sparsity", or cuts with settings.
+    - `solver`: "allocate" (the exact program), "search" (evolution on whole candidates), "relax"
+      (masks learned by gradients), or "auto".
+    - `measure`: what harm is: "loss", "divergence" from the original's outputs, or "gradient".
+    - `repair`: False leaves the weights as cut, batch-norm statistics set anew.
+    - `baselines`: False gives their time to the answer.
+    - `out`: the study's folder; a new one under `runs/` when absent. `resume` goes on from it.
+    - `reuse`: the folder of an earlier shrink of the same model: its table and profile are taken
+      over, so that other limits take seconds up to repair.
+
+    The answer keeps the limits as measured, or `BudgetError` says what is reachable. Raises
+    `EspalierError` with one line for bad input. Ctrl-C ends cleanly; call again with `resume=True`.
+    """
+    began = time.time()
+    check_names_of(solver, measure)
+    task = tasks.make(task) if isinstance(task, str) else task
+    asked, spend = _limits(within, task), SearchBudget.parse(budget)
+    cuts = make_cuts(decisions)
+    module, one = given_model(model, task, weights, example)
+    family = pretrained(module, one, task, cuts, _name(model, module), seed)
+    runtime = on or OnnxRuntime()
+    folder = Path(out) if out is not None else free_folder(f"{task.name}-{family.name}-small")
+    identity = _identity(family, task, asked, runtime, solver, measure, seed)
+    identity |= {"repair": repair, "baselines": baselines}
+    settings = {"budget": str(spend)}
+    paid = {} if reuse is None else _paid(Path(reuse), identity)
+    study = (
+        Study.resume(folder, identity) if resume else Study.create(folder, identity, settings, seed)
+    )
+    show = progress or Silent()
+    try:
+        with study, show:
+            for text in study.notes:
+                show.note(text)
+            study.event("phase", name="reading the model", seconds=time.time() - began)
+            job = Shrinking(
+                family, task, asked, runtime, study, seed, spend, show, repair, recipe, measure, paid
+            )  # fmt: skip
+            return _run(job, solver, baselines, began)
+    except EspalierError as error:
+        if resume:
+            raise
+        if _nothing_paid(folder):
+            withdraw(folder)
+            raise
+        raise type(error)(f"{error}; what was measured is kept: reuse {folder}") from error
+
+
+def _run(job: Shrinking, solver: str, baselines: bool, began: float) -> Shrunk:
+    with job.phase("original"):
+        job.read_original()
+        check_counted(job)
+    with job.phase("latency table"):
+        job.calibrate()
+    with job.phase("sensitivity"):
+        job.set_estimator()
+        name, why = chosen(job, solver)
+        job.show.note(f"solver {name}: {why}")
+        solve = solve_by(job, name)
+    with job.phase("allocation"):
+        job.show.phase("choosing within the limits as measured", 1)
+        wanted = {_ANSWER: fitted(job, _ANSWER, solve)}
+        if baselines:
+            wanted |= rivals(job)
+    with job.phase("repair"):
+        entries = repair_all(job, wanted)
+        for tighter in _TIGHTER[1:]:
+            if job.keeps(entries[_ANSWER].metrics):
+                break
+            job.show.note("the repaired network is over the limit: choosing a smaller one")
+            again = fitted(job, _ANSWER, solve, tighter)
+            entries |= repair_all(job, {_ANSWER: again})
+    return Shrunk.settle(job, entries, (name, why), time.time() - began)
+
+
+# --- what is given -----------------------------------------------------------------------------
+
+
+def make_cuts(decisions: str | Iterable[str | Cut]) -> tuple[Cut, ...]:
+    """Cuts by name ("width", "depth", "bits", "sparsity"), or cuts as they are."""
+    names = decisions.split(",") if isinstance(decisions, str) else decisions
+    out: list[Cut] = []
+    for item in names:
+        if isinstance(item, Cut):
+            out.append(item)
+            continue
+        name = item.strip()
+        if name not in CUTS:
+            raise EspalierError(unknown("kind of decision", name, CUTS))
+        out.append(CUTS[name]())
+    if not out:
+        raise EspalierError(f"a shrink needs one kind of decision or more of {', '.join(CUTS)}")
+    return tuple(out)
+
+
+def pretrained(
+    module: nn.Module,
+    example: Tensor,
+    task: Task,
+    cuts: Sequence[Cut],
+    name: str = "model",
+    seed: int = 0,
+) -> Pretrained:
+    """The model as a family of what can be cut from it.
+
+    Ranges of activations, and which channels matter most, are read from training data.
+    """
+    data = calibration(task, 1, _CALIBRATION, seed)[0]
+    family = Pretrained(module, example, cuts, name=name, calibration=data)
+    found: dict[str, Tensor] = {}
+    for cut in cuts:
+        if isinstance(cut, Widths) and cut.scores is None and cut.importance != "magnitude":
+            batches = list(itertools.islice(task.batches("train", 64, generator(seed)), _SCORED))
+            for bound in family.cuts:
+                if isinstance(bound, BoundWidths):
+                    found |= scores(family.model, bound.groups, cut.importance, batches, task.loss)
+    return family.with_scores(found) if found else family
+
+
+def _limits(within: Limits | Sequence[Limit], task: Task) -> tuple[Limit, ...]:
+    asked = limits(within)
+    if not asked:
+        raise BudgetError(
+            "a shrink needs a limit, like latency_ms=60% or bytes=50% of the original's"
+        )
+    known = {m.name: m for m in (*Counts.metrics, *PredictedLatency.metrics)}
+    check_names(asked, known, task.metrics)
+    return asked
+
+
+def _name(model: ModelLike, module: nn.Module) -> str:
+    if isinstance(model, (str, Path)):
+        return Path(model).stem
+    return type(module).__name__.lower()
+
+
+def _identity(
+    family: Pretrained,
+    task: Task,
+    asked: Sequence[Limit],
+    runtime: OnnxRuntime,
+    solver: str,
+    measure: Measure,
+    seed: int,
+) -> dict[str, Any]:
+    """What must be the same when a study is resumed."""
+    return {
+        "model": _fingerprint(family.model),
+        "shape": list(family.shape),
+        "classes": family.classes,
+        "space": family.space.fingerprint,
+        "decisions": family.space.to_json(),
+        "task": task.name,
+        "data": task.fingerprint,
+        "limits": [str(x) for x in asked],
+        "runtime": plain_runtime(runtime),
+        "solver": solver,
+        "measure": measure,
+        "seed": seed,
+    }
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A hash of the model's class names and weights."""
+    digest = hashlib.sha256(" ".join(type(m).__qualname__ for m in model.modules()).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+_SAME = ("model", "shape", "space", "data", "measure", "seed")
+_TAKEN = ("images",)
+
+
+def _nothing_paid(folder: Path) -> bool:
+    """Whether a study that was refused holds nothing that another could reuse."""
+    with Study.open(folder) as study:
+        return not any(k == "latency table" or k.startswith("harm/") for k in study.recorded())
+
+
+def _paid(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier shrink of the same model recorded that does not depend on limits."""
+    with Study.open(folder) as other:
+        recorded = other.meta["identity"]
+        for key in _SAME:
+            if recorded.get(key) != identity[key]:
+                raise StudyError(
+                    f"can't reuse {folder}: its {key} is {recorded.get(key)!r}, "
+                    f"this shrink's is {identity[key]!r}"
+                )
+        same_runtime = recorded.get("runtime") == identity["runtime"]
+        out = {}
+        for key, value in other.recorded().items():
+            timed = key in ("original latency", "latency table")
+            if (timed and same_runtime) or key in _TAKEN or key.startswith("harm/"):
+                out[key] = value
+    return out

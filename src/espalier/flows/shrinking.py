@@ -1,0 +1,182 @@
+"""A shrink as a job: the original measured, costs in tables, the harm of every option."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from espalier import train
+from espalier.compress import Pretrained
+from espalier.costs import Counts, OnnxRuntime, PredictedLatency
+from espalier.estimators.calibration import Calibrated, Measure
+from espalier.flows.finals import Entry
+from espalier.flows.measuring import Measuring
+from espalier.flows.pricing import Pricing
+from espalier.flows.progress import Display
+from espalier.problem import Limit, Reading, SearchBudget
+from espalier.solvers.allocate import Profile, profile
+from espalier.space import Candidate
+from espalier.study import Study
+from espalier.tasks import Task
+from espalier.train import Recipe
+
+LATENCY = "latency_ms"
+# Shares of the whole time; repair has what is left.
+_TABLE, _PROFILE = 0.25, 0.25
+_PIECE = 0.35  # to export and time one piece, as a share of that of a whole network
+_LEAST_PIECES = 24
+_LEAST_IMAGES, _MOST_IMAGES = 64, 1024
+_ORIGINAL_TIMES = 3
+
+
+@dataclass
+class Shrinking(Measuring):
+    """Everything a shrink works with. `paid` reads what an earlier study of the same recorded."""
+
+    family: Pretrained
+    task: Task
+    limits: tuple[Limit, ...]
+    runtime: OnnxRuntime
+    study: Study
+    seed: int
+    budget: SearchBudget
+    show: Display
+    repair: bool
+    recipe: Recipe | None
+    measure: Measure
+    paid: Mapping[str, Any] = field(default_factory=dict)
+    estimates: dict[Candidate, Reading] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    pricing: Pricing = field(init=False)
+    predicted: PredictedLatency | None = None
+    seconds_each: float = 0.3
+    original: Entry = field(init=False)
+    calibrated: Calibrated = field(init=False)
+    profile: Profile | None = None
+    phase_started: float = field(default_factory=time.time)
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What this study, or the one that it reuses, recorded under a key; else computed now."""
+        return self.study.once(key, lambda: self.paid[key] if key in self.paid else compute())
+
+    def left(self) -> float | None:
+        """Seconds until the budget is spent; None without a limit on time."""
+        return None if self.budget.seconds is None else self.budget.seconds - self.spent()
+
+    @property
+    def latency_limit(self) -> Limit | None:
+        """The limit that needs a runtime."""
+        return next((x for x in self.limits if x.metric == LATENCY), None)
+
+    # --- phases ----------------------------------------------------------------------------
+
+    def read_original(self) -> None:
+        """Measures the original, and turns shares of it into numbers."""
+        self.show.phase("measuring the original", _ORIGINAL_TIMES)
+        candidate = self.family.original
+        self.pricing = Pricing(self.family.space, [Counts(self.family)])
+        readings = self.price(candidate)
+
+        def measure() -> dict[str, Any]:
+            times, started = [], time.perf_counter()
+            for i in range(_ORIGINAL_TIMES):
+                times.append(self.measured(candidate, None, f"latency-original-{i}"))
+                self.show.step(i + 1, _ORIGINAL_TIMES)
+            middle = sorted(times, key=lambda r: r.value)[len(times) // 2]
+            each = (time.perf_counter() - started) / _ORIGINAL_TIMES
+            return {**middle.to_json(), "seconds": each}
+
+        latency = self.once("original latency", measure)
+        readings[LATENCY], self.seconds_each = Reading.from_json(latency), latency["seconds"]
+        judged = self.once(
+            "original validation",
+            lambda: train.evaluate(self.family.model, self.task, "validation"),
+        )
+        readings.update(self.validated(judged))
+        self.original = Entry(candidate, "the original", readings)
+        self.limits = tuple(x.resolve(readings[x.metric].value) for x in self.limits)
+
+    def validated(self, judged: Mapping[str, float]) -> dict[str, Reading]:
+        """Validation metrics as readings, named `<metric>_validation`."""
+        units = {m.name: m.unit for m in self.task.metrics}
+        return {
+            f"{name}_validation": Reading(value, units.get(name, ""), "measured", "validation")
+            for name, value in judged.items()
+        }
+
+    def calibrate(self) -> None:
+        """Measures the table of latencies, where a limit needs it."""
+        if self.latency_limit is None:
+            return
+        fresh = PredictedLatency(self.family, self.runtime)
+        most = 250
+        if self.budget.seconds is not None:
+            each = _PIECE * self.seconds_each
+            most = int(np.clip(_TABLE * self.budget.seconds / each, _LEAST_PIECES, most))
+        self.show.phase("calibrating latency on this machine", 1)
+        table = self.once(
+            "latency table",
+            lambda: fresh.calibrate(seed=self.seed, progress=self.show.step, limit=most),
+        )
+        self.predicted = PredictedLatency.from_json(self.family, self.runtime, table)
+        self.pricing = Pricing(self.family.space, [Counts(self.family), self.predicted])
+
+    def set_estimator(self) -> None:
+        """Decides once on how many training images a candidate is judged, from timed passes."""
+        images = self.once("images", self._images)
+        self.calibrated = Calibrated(
+            self.family, self.task, measure=self.measure, images=images, seed=self.seed
+        )
+
+    def _images(self) -> int:
+        most = min(_MOST_IMAGES, self.task.size("train"))
+        if self.budget.seconds is None:
+            return min(512, most)
+        trial = Calibrated(
+            self.family, self.task, measure=self.measure, images=_LEAST_IMAGES, seed=self.seed
+        )
+        trial.harm([self.family.original])
+        started = time.perf_counter()
+        trial.harm([self.smallest()])
+        seconds = time.perf_counter() - started
+        affordable = _PROFILE * self.budget.seconds / max(self.options, 1)
+        return int(np.clip(_LEAST_IMAGES * affordable / seconds, min(_LEAST_IMAGES, most), most))
+
+    @property
+    def options(self) -> int:
+        """Options beside the original's, over all decisions."""
+        return sum(d.count - 1 for d in self.family.space.decisions)
+
+    def smallest(self) -> Candidate:
+        """Every first option."""
+        space = self.family.space
+        return space.decode(space.corner(last=False))[0]
+
+    def sense(self) -> Profile:
+        """The harm of every option alone, each recorded."""
+        self.show.phase("what every option harms", self.options)
+        found = profile(
+            self.family,
+            self.calibrated.harm,
+            record=lambda key, compute: self.once(f"harm/{key}", compute),
+            progress=self.show.step,
+            measure=self.measure,
+            samples=self.calibrated.samples,
+        )
+        # more of a layer that harms more is noise of few images
+        self.profile = found.smoothed(self.family.space)
+        return self.profile
+
+    def harm(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The harm of whole candidates, each recorded."""
+
+        def one(candidate: Candidate) -> float:
+            key = f"harm of/{candidate.id}"
+            found = self.once(key, lambda: float(self.calibrated.harm([candidate])[0]))
+            return float(found)
+
+        return [one(candidate) for candidate in candidates]

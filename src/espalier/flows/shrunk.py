@@ -1,0 +1,89 @@
+"""What a shrink hands out: the best model within the budget, what it is compared with, the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from espalier import train
+from espalier.errors import BudgetError
+from espalier.flows.answer import Answer
+from espalier.flows.shrunk_result import shrunk_json
+from espalier.problem import Reading
+from espalier.study import Study
+
+if TYPE_CHECKING:
+    from espalier.flows.finals import Entry
+    from espalier.flows.shrinking import Shrinking
+
+
+@dataclass
+class Shrunk(Answer):
+    """The answer of a shrink. `best` keeps every limit as measured; `baselines` had the same
+    repair; `original` is the model that was given, measured and tested the same way."""
+
+    best: Entry
+    baselines: list[Entry]
+    original: Entry
+    study: Study
+    folder: Path
+    _job: Shrinking = field(repr=False)
+    _result: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def settle(
+        cls,
+        job: Shrinking,
+        entries: Mapping[str, Entry],
+        solver: tuple[str, str],
+        seconds: float,
+    ) -> Shrunk:
+        """The answer where it keeps the limits as measured; writes everything.
+
+        Errors: `BudgetError` with how far it is.
+        """
+        best = entries["shrunk"]
+        if not job.keeps(best.metrics):
+            over = [x for x in job.limits if x.violation([best.metrics[x.metric].value])[0] > 0]
+            told = ", ".join(
+                f"{x.metric} is {best.metrics[x.metric].value:.4g} of {x.bound:.4g}" for x in over
+            )
+            raise BudgetError(
+                f"the repaired {job.family.name} does not keep the limits as measured: {told}; "
+                "raise the limit a little, or measure on a quieter machine"
+            )
+        rivals = [e for name, e in entries.items() if name != "shrunk"]
+        kept = [e for e in rivals if job.keeps(e.metrics)]
+        found = cls(best, kept, _tested(job), job.study, job.study.folder, job)
+        left_out = [e.name for e in rivals if e not in kept]
+        found._result = shrunk_json(job, found, solver, left_out, seconds)
+        return found
+
+    def network(self, entry: Entry | None = None) -> nn.Module:
+        """The repaired plain model of an entry (the best, if none is named)."""
+        if entry is not None and entry.start == "given":
+            return self._job.family.build(entry.candidate).eval()
+        return super().network(entry)
+
+    @property
+    def ignored(self) -> list[dict[str, str]]:
+        """The layers that no decision changes, and why."""
+        return [
+            {"layer": i.layer, "kind": i.kind, "reason": i.reason} for i in self._job.family.ignored
+        ]
+
+
+def _tested(job: Shrinking) -> Entry:
+    """The original, tested once."""
+    tested = job.study.once(
+        "test/original", lambda: train.evaluate(job.family.model, job.task, "test")
+    )
+    metrics = dict(job.original.metrics)
+    for metric in job.task.metrics:
+        if metric.name in tested:
+            metrics[metric.name] = Reading(tested[metric.name], metric.unit, "measured", "test")
+    return replace(job.original, metrics=metrics, start="given")

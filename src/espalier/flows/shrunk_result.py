@@ -1,0 +1,157 @@
+"""The result of a shrink as plain JSON: what the report draws and what scripts read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from espalier.errors import EspalierError
+from espalier.flows.machine import versions
+from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
+from espalier.flows.shrinking import LATENCY
+
+if TYPE_CHECKING:
+    from espalier.flows.finals import Entry
+    from espalier.flows.shrinking import Shrinking
+    from espalier.flows.shrunk import Shrunk
+    from espalier.solvers.allocate import Profile
+
+
+def shrunk_json(
+    job: Shrinking, found: Shrunk, solver: tuple[str, str], left_out: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """Everything about a finished shrink, with how each number was obtained."""
+    phases = job.study.phase_seconds()
+    error = job.predicted.error if job.predicted else {}
+    return {
+        "espalier": versions()["espalier"],
+        "title": f"{job.family.name} made smaller for {job.task.name}",
+        "quality": job.quality.name,
+        "question": question(job),
+        "best": entry_json(found.best),
+        "front": [],
+        "baselines": [entry_json(e) for e in (*found.baselines, found.original)],
+        "budget": {
+            "asked": str(job.budget),
+            "seconds": round(sum(phases.values()), 2),
+            "kept": {x.metric: job.keeps(found.best.metrics) for x in job.limits},
+        },
+        "seconds": {**{k: round(v, 2) for k, v in phases.items()}, "this_run": round(seconds, 2)},
+        "files": {},
+        "trials": [],
+        "latency": error,
+        "network": network_rows(job, found),
+        "shrink": {
+            "original": entry_json(found.original),
+            "solver": {"name": solver[0], "why": solver[1]},
+            "images": job.calibrated.samples,
+            "measure": job.measure,
+            "rounds": job.rounds,
+            "spent": list(spent_rows(job, found.best)),
+            "sensitivity": list(sensitivity_rows(job, found.best)),
+            "repair": [_repair_row(job, e) for e in (found.best, *found.baselines)],
+            "ignored": found.ignored,
+        },
+        "verdicts": [
+            *beaten(job, found.best, found.baselines),
+            *(f"The baseline {n} is over the limit as measured and is left out." for n in left_out),
+        ],
+        "notes": [*job.study.notes, *disturbances(job, error, found.best)],
+        "reproduce": reproduce(job),
+    }
+
+
+def spent_rows(job: Shrinking, best: Entry) -> Iterator[dict[str, Any]]:
+    """For every layer and every limited cost that adds up: the original's and what is left of it."""
+    from espalier.flows.solving import factors_of
+
+    space = job.family.space
+    rows = space.canonical(space.encode([job.family.original, best.candidate]))
+    for limit in job.limits:
+        try:
+            factors = factors_of(job, [limit.metric])[limit.metric]
+        except EspalierError:
+            continue  # a cost that is only known of whole networks
+        for i, factor in enumerate(factors):
+            before, after = (float(v) for v in factor.at(space, rows))
+            if before or after:
+                yield {
+                    "layer": factor.name or ("overhead" if not factor.decisions else f"part {i}"),
+                    "metric": limit.metric,
+                    "original": before,
+                    "spent": after,
+                }
+
+
+def sensitivity_rows(job: Shrinking, best: Entry) -> Iterator[dict[str, Any]]:
+    """For every option: its harm alone, what it saves of each limited cost, whether it was chosen."""
+    if job.profile is None:
+        return
+    space, harm = job.family.space, _alone(job.profile)
+    for decision in space.decisions:
+        rows = np.repeat(space.corner(last=True), decision.count, axis=0)
+        rows[:, space.names.index(decision.name)] = np.arange(decision.count)
+        prices = job.pricing(space.canonical(rows))
+        for i, option in enumerate(decision.options):
+            yield {
+                "decision": decision.name,
+                "option": option,
+                "harm": harm[decision.name][i] if decision.name in harm else None,
+                "chosen": best.candidate.get(decision.name) == option,
+                "saved": {
+                    x.metric: float(1 - prices[x.metric][i] / prices[x.metric][-1])
+                    for x in job.limits
+                    if x.metric in prices
+                },
+            }
+
+
+def _alone(profile: Profile) -> dict[str, list[float]]:
+    """The harm of each decision's options, everything else as in the original."""
+    out = {}
+    for factor in profile.factors:
+        if factor.name in factor.decisions:
+            place = factor.decisions.index(factor.name)
+            line = np.moveaxis(factor.values, place, 0)
+            out[factor.name] = [float(v) for v in line.reshape(len(line), -1)[:, -1]]
+    return out
+
+
+def _repair_row(job: Shrinking, entry: Entry) -> dict[str, Any]:
+    """The stages of one repair: validation quality after each."""
+    recorded = job.study.once(f"repair/{entry.candidate.id}", dict)
+    name = job.quality.name
+    return {
+        "name": entry.name,
+        "id": entry.candidate.id,
+        LATENCY: entry.metrics[LATENCY].value,
+        "stages": [
+            {
+                "stage": s["stage"],
+                "quality": s["metrics"][name],
+                "seconds": s["seconds"],
+                "kept": s["kept"],
+            }
+            for s in recorded["stages"]
+        ],
+    }
+
+
+def reproduce(job: Shrinking) -> dict[str, Any]:
+    """The command and the Python that run this shrink again."""
+    within = {x.metric: f"{x.op} {x.bound:g}" for x in job.limits}
+    flags = " ".join(f"--max {x.metric}={x.bound:g}" for x in job.limits if x.op == "<=")
+    kinds = ",".join(dict.fromkeys(d.name.split(":")[0] for d in job.family.space.decisions))
+    budget = str(job.budget).replace(" ", "")
+    command = (
+        f"espalier shrink MODEL --task {shlex.quote(job.task.name)} {flags} "
+        f"--decisions {kinds} --budget {shlex.quote(budget)} --seed {job.seed}"
+    )
+    python = (
+        f"esp.shrink(model, {job.task.name!r}, within={within!r}, on=esp.costs.{job.runtime!r}, "
+        f"decisions={kinds!r}, budget={str(job.budget)!r}, seed={job.seed})"
+    )
+    return {"command": command, "python": python, "versions": versions()}

@@ -1,0 +1,172 @@
+"""How a shrink decides: an exact program on profiles, a search, or relaxation; and which, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from espalier.costs import Cost, Counts
+from espalier.errors import BudgetError, EspalierError, unknown
+from espalier.estimators.calibration import MEASURES
+from espalier.flows.evaluate import Score
+from espalier.flows.fitting import Solve
+from espalier.flows.shrinking import LATENCY, Shrinking
+from espalier.problem import Limit, Metrics, Problem
+from espalier.solvers import strategies
+from espalier.solvers.allocate import Factor, Program, cost_factors
+from espalier.space import Candidate
+from espalier.study import Serial, Trial
+
+SOLVERS = ("auto", "allocate", "search", "relax")
+_FEW = 64  # candidates that are all judged whole, rather than option by option
+_SEARCH_SHARE = 0.3  # of the time, where a search has only a limit on time
+_SLACK = 1.15  # the table may be off: what lies a little beyond a predicted limit is judged too
+
+
+def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
+    """The solver's name and why it was taken."""
+    size = job.family.space.size
+    if solver != "auto":
+        return solver, "asked for"
+    if size <= _FEW:
+        return "search", f"{size:.0f} candidates are few enough to judge each as a whole"
+    return "allocate", (
+        f"{job.options} options of {len(job.family.space)} decisions are judged one by one; "
+        f"{size:.2g} candidates are too many to judge each"
+    )
+
+
+def solve_by(job: Shrinking, solver: str) -> Solve:
+    """The function that gives the best candidate within limits on predicted costs."""
+    if solver == "allocate":
+        return allocating(job)
+    if solver == "search":
+        return searching(job)
+    from espalier.flows.gating import relaxing
+
+    return relaxing(job)
+
+
+# --- allocate ----------------------------------------------------------------------------------
+
+
+def factors_of(job: Shrinking, metrics: Sequence[str]) -> dict[str, list[Factor]]:
+    """The additive tables of costs."""
+    return {m: list(cost_factors(job.family, m, _priced(job, m))) for m in metrics}
+
+
+def _priced(job: Shrinking, metric: str) -> Any:
+    found: list[Cost] = [c for c in job.pricing.costs if metric in {m.name for m in c.metrics}]
+    return found[0] if found else Counts(job.family)
+
+
+def allocating(job: Shrinking) -> Solve:
+    """The exact program on the harm of every option, under all limits at once."""
+    profile = job.sense()
+    return program_on(job, profile.factors)
+
+
+def program_on(job: Shrinking, harm: Sequence[Factor]) -> Solve:
+    """The exact program on any additive harm."""
+    costs = factors_of(job, [x.metric for x in job.limits])
+
+    def solve(limits: Sequence[Limit]) -> Candidate:
+        program = Program(job.family.space, harm, costs, limits)
+        return program.solve(seconds=_seconds(job), seed=job.seed).candidate
+
+    return solve
+
+
+def cheapest_program(job: Shrinking, metric: str) -> Candidate:
+    """The candidate of the least cost that keeps the limits on the other costs."""
+    others = [x for x in job.limits if x.metric != metric]
+    costs = factors_of(job, [metric, *(x.metric for x in others)])
+    program = Program(job.family.space, costs[metric], costs, others)
+    return program.solve(seconds=_seconds(job), seed=job.seed).candidate
+
+
+def _seconds(job: Shrinking) -> float:
+    return 20.0 if job.budget.seconds is None else float(np.clip(job.budget.seconds / 40, 1, 20))
+
+
+# --- search ------------------------------------------------------------------------------------
+
+
+def searching(job: Shrinking) -> Solve:
+    """Evolution over the space by the harm of whole candidates; all of them where they are few."""
+    space = job.family.space
+    metric = job.calibrated.metrics[0]
+    limits = tuple(
+        Limit(x.metric, x.bound * _SLACK, x.op) if x.metric == LATENCY else x for x in job.limits
+    )
+    few = space.size <= _FEW
+    trials = int(space.size) if few else job.budget.trials or 2000
+    strategy = strategies.make("random" if few else "nsga2", space, job.seed)
+    job.show.phase(f"search: {strategy.name}", trials)
+    done = 0
+
+    def on_trial(trial: Trial) -> None:
+        nonlocal done
+        done += 1
+        job.show.step(done, trials)
+
+    share = None if job.budget.seconds is None else _SEARCH_SHARE * job.budget.seconds
+    found = job.study.search(
+        "search",
+        Problem((metric, job.pricing.metrics[job.axis]), limits),
+        strategy,
+        Score(job.calibrated),
+        trials=trials,
+        batch=min(trials, 24),
+        executor=Serial(),
+        price=job.pricing,
+        deadline=None if share is None else time.time() + share,
+        on_trial=on_trial,
+    )
+    rows = [t for t in found if t.state == "done"]
+    if not rows:
+        raise BudgetError(
+            f"the search met no candidate within {', '.join(map(str, job.limits))}: raise a "
+            "limit, or let solver='allocate' find one"
+        )
+    sign = 1.0 if metric.goal == "min" else -1.0
+    rows.sort(key=lambda t: (sign * t.metrics[metric.name].value, t.position))
+    prices = job.pricing(space.encode([t.candidate for t in rows]))
+    return lambda wanted: _first(rows, prices, wanted)
+
+
+def _first(rows: Sequence[Trial], prices: Metrics, limits: Sequence[Limit]) -> Candidate:
+    broken = Problem((), tuple(limits)).violations(prices)
+    kept = np.flatnonzero(broken <= 0)
+    if len(kept) == 0:
+        raise BudgetError(f"no trial keeps {', '.join(map(str, limits))}")
+    return rows[int(kept[0])].candidate
+
+
+# --- what is refused early ---------------------------------------------------------------------
+
+
+def check_names_of(solver: str, measure: str) -> None:
+    """Refuses an unknown solver or measure, naming the nearest."""
+    if solver not in SOLVERS:
+        raise EspalierError(unknown("solver", solver, SOLVERS))
+    if measure not in MEASURES:
+        raise EspalierError(unknown("measure of harm", measure, MEASURES))
+
+
+def check_counted(job: Shrinking) -> None:
+    """Refuses limits on counted costs that nothing keeps, before anything dear is done.
+
+    Errors: `BudgetError` with what is reachable.
+    """
+    counted = [x for x in job.limits if x.metric in job.pricing.metrics]
+    if Problem((), tuple(counted)).violations(_priced_rows(job))[0] > 0:
+        costs = factors_of(job, [x.metric for x in counted])
+        Program(job.family.space, (), costs, counted).solve(seconds=_seconds(job))
+
+
+def _priced_rows(job: Shrinking) -> Metrics:
+    return job.pricing(job.family.space.encode([job.smallest()]))

@@ -1,0 +1,400 @@
+"""A trained model and a budget: end to end on embedded digits, at the smallest scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import espalier as esp
+from espalier.errors import BudgetError, DataError, EspalierError, StudyError
+from espalier.flows import fitting, repairing
+from espalier.flows.progress import Silent
+from espalier.flows.shrinking import LATENCY
+from espalier.problem import Limit, Reading
+from shrink_toys import Small, task, trained
+
+pytest.importorskip("ortools")
+
+WITHIN = {"bytes": "60%", "macs": "<= 50%"}
+CUTS = (esp.compress.Widths(multiple=2, steps=4), esp.compress.Depth())
+
+
+def tiny_shrink(out: Path, **changes: Any) -> esp.Shrunk:
+    settings: dict[str, Any] = {
+        "within": WITHIN,
+        "decisions": CUTS,
+        "solver": "allocate",
+        "recipe": esp.Recipe(epochs=1, lr=0.02),
+        "budget": "10 trials",  # no limit on time: the recipe decides, so that runs are the same
+        "on": esp.costs.OnnxRuntime(seconds=0.02, precision=0.5),
+        "seed": 3,
+        "out": out,
+    }
+    return esp.shrink(trained(), task(), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> esp.Shrunk:
+    made = tiny_shrink(tmp_path_factory.mktemp("shrink") / "run")
+    made.publish()
+    return made
+
+
+def signature(found: esp.Shrunk) -> list[Any]:
+    rows = [found.best, *found.baselines]
+    return [(e.name, e.candidate, e.metrics["accuracy"].value) for e in rows]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Counted by hand: what the state dict holds."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def test_the_answer_keeps_every_limit_as_counted_by_hand(found: esp.Shrunk) -> None:
+    assert weight_bytes(found.network()) <= 0.6 * weight_bytes(trained())
+    assert found.best.metrics["bytes"].value == weight_bytes(found.network())
+    assert found.best.metrics["macs"].value <= 0.5 * found.original.metrics["macs"].value
+    assert found.best.metrics["latency_ms"].how == "measured"
+
+
+def test_the_original_is_left_as_it_was_and_tested(found: esp.Shrunk) -> None:
+    again = esp.train.evaluate(trained(), task(), "test")
+    assert found.original.metrics["accuracy"].value == again["accuracy"]
+    assert found.original.metrics["bytes"].value == weight_bytes(trained())
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(found.network(found.original)(x), trained()(x))
+
+
+def test_no_candidate_within_the_limits_has_less_harm(found: esp.Shrunk) -> None:
+    """The whole space against the program, from the numbers of the report alone."""
+    rows = found.to_json()["shrink"]["sensitivity"]
+    harm = {(r["decision"], r["option"]): r["harm"] for r in rows}
+    space = found.family.space
+    candidates = space.decode(space.enumerate())
+    prices = found.pricing(space.encode(candidates))
+    limits = {x["metric"]: x["bound"] for x in found.to_json()["question"]["limits"]}
+    kept = np.all([prices[m] <= bound for m, bound in limits.items()], axis=0)
+    sums = np.array([sum(harm[name, c[name]] for name in c) for c in candidates])
+    ours = sum(harm[name, found.best.candidate[name]] for name in found.best.candidate)
+    assert 1 < kept.sum() < len(kept)
+    assert ours == pytest.approx(sums[kept].min(), abs=1e-6)
+
+
+def test_harm_is_what_calibration_says(found: esp.Shrunk) -> None:
+    rows = found.to_json()["shrink"]["sensitivity"]
+    judge = esp.estimators.Calibrated(
+        found.family, task(), measure="divergence", images=256, seed=3
+    )
+    original = found.original.candidate
+    worst = max(rows, key=lambda r: r["harm"])
+    changed = found.family.space.candidate({**original, worst["decision"]: worst["option"]})
+    expected = judge.harm([changed])[0] - judge.harm([original])[0]
+    assert worst["harm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_repair_does_not_lose_what_it_had(found: esp.Shrunk) -> None:
+    for row in found.to_json()["shrink"]["repair"]:
+        kept = [s["quality"] for s in row["stages"] if s["kept"]]
+        assert kept == sorted(kept)
+        assert [s["stage"] for s in row["stages"]] == ["cut", "least squares", "fine-tuned"]
+    after = esp.train.evaluate(found.network(), task(), "validation")["accuracy"]
+    assert found.best.metrics["accuracy_validation"].value == after
+    before = esp.train.evaluate(found.family.build(found.best.candidate), task(), "validation")
+    assert found.best.metrics["accuracy_before"].value == before["accuracy"] <= after
+
+
+def test_the_budget_is_told_layer_by_layer(found: esp.Shrunk) -> None:
+    rows = found.to_json()["shrink"]["spent"]
+    for metric in ("bytes", "macs"):
+        mine = [r for r in rows if r["metric"] == metric]
+        assert sum(r["original"] for r in mine) == found.original.metrics[metric].value
+        assert sum(r["spent"] for r in mine) == found.best.metrics[metric].value
+
+
+def test_baselines_keep_the_same_limits_and_had_the_same_repair(found: esp.Shrunk) -> None:
+    assert {e.name for e in found.baselines} == {"uniform width", "random"}
+    for entry in found.baselines:
+        assert weight_bytes(found.network(entry)) <= 0.6 * weight_bytes(trained())
+    even = next(e for e in found.baselines if e.name == "uniform width")
+    shares = [
+        even.candidate[d.name] / d.options[-1]
+        for d in found.family.space.decisions
+        if d.name.startswith("width:")
+    ]
+    assert max(shares) - min(shares) <= 0.3
+    assert all(v == 1 for k, v in even.candidate.items() if k.startswith("depth:"))
+
+
+def test_the_files_compute_the_same_without_espalier(found: esp.Shrunk) -> None:
+    network, images = found.network(), next(iter(task().batches("test", 32)))[0]
+    session = onnxruntime.InferenceSession(found.to_json()["files"]["onnx"])
+    name = session.get_inputs()[0].name
+    with torch.no_grad():
+        expected = network(images).numpy()
+    np.testing.assert_allclose(session.run(None, {name: images.numpy()})[0], expected, atol=1e-4)
+    assert "espalier" not in {type(m).__module__.split(".")[0] for m in network.modules()}
+
+
+def test_the_report_shows_the_shrink(found: esp.Shrunk) -> None:
+    page = (found.folder / "report.html").read_text()
+    for text in ("Where the budget goes", "What every option harms", "Before and after repair"):
+        assert text in page
+    assert "the original" in page
+    saved = json.loads((found.folder / "result.json").read_text())
+    assert saved["best"]["id"] == found.best.candidate.id
+
+
+def test_a_finished_shrink_is_read_again(
+    found: esp.Shrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(esp.estimators.Calibrated, "_score", None)
+    monkeypatch.setattr(repairing, "_Repair", None)
+    again = tiny_shrink(found.folder, resume=True)
+    assert signature(again) == signature(found)
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C once, in a phase whose name begins with `phase`."""
+
+    def __init__(self, phase: str) -> None:
+        self.wanted, self.now = phase, ""
+
+    def phase(self, name: str, total: int) -> None:
+        self.now = name
+        if name.startswith(self.wanted) and not name.startswith("what"):
+            raise KeyboardInterrupt
+
+    def step(self, done: int, total: int, text: str = "") -> None:
+        if self.now.startswith(self.wanted) and done >= 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase", ["what every option harms", "shrunk: fine-tuned"])
+def test_an_interrupted_shrink_goes_on_to_the_same_answer(
+    found: esp.Shrunk, tmp_path: Path, phase: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tiny_shrink(tmp_path / "run", progress=Interrupting(phase))
+    assert signature(tiny_shrink(tmp_path / "run", resume=True)) == signature(found)
+
+
+def test_another_budget_on_the_same_profile_measures_no_harm_again(
+    found: esp.Shrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {"within": {"params": "40%"}, "repair": False, "baselines": False}
+    monkeypatch.setattr(esp.estimators.Calibrated, "_score", None)
+    reused = tiny_shrink(tmp_path / "b", reuse=found.folder, **new)
+    assert sum(p.numel() for p in reused.network().parameters()) <= 0.4 * sum(
+        p.numel() for p in trained().parameters()
+    )
+    rows, other = (f.to_json()["shrink"]["sensitivity"] for f in (found, reused))
+    assert [r["harm"] for r in rows] == [r["harm"] for r in other]
+    with pytest.raises(StudyError, match="seed"):
+        tiny_shrink(tmp_path / "c", reuse=found.folder, seed=4)
+
+
+def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
+    found = tiny_shrink(
+        tmp_path / "run", solver="auto", decisions=(esp.compress.Widths(multiple=4, steps=2),),
+        within={"bytes": "70%"}, repair=False, baselines=False,
+    )  # fmt: skip
+    assert found.to_json()["shrink"]["solver"]["name"] == "search"
+    space = found.family.space
+    candidates = space.decode(space.enumerate())
+    judge = esp.estimators.Calibrated(
+        found.family, task(), measure="divergence", images=256, seed=3
+    )
+    bytes_ = np.array([weight_bytes(found.family.build(c)) for c in candidates])
+    kept = bytes_ <= 0.7 * weight_bytes(trained())
+    harm = judge.harm(candidates)
+    assert found.best.candidate == candidates[int(np.flatnonzero(kept)[harm[kept].argmin()])]
+
+
+def test_latency_is_kept_as_measured(tmp_path: Path) -> None:
+    runtime = esp.costs.OnnxRuntime(seconds=0.02, precision=0.2)
+    found = tiny_shrink(
+        tmp_path / "run", within={LATENCY: "90%", "bytes": "90%"}, on=runtime, baselines=False,
+        decisions=(esp.compress.Widths(multiple=8, steps=2), esp.compress.Depth()), repair=False,
+    )  # fmt: skip
+    limit = found.to_json()["question"]["limits"][0]
+    assert limit["bound"] == pytest.approx(0.9 * found.original.metrics[LATENCY].value)
+    assert found.best.metrics[LATENCY].value <= limit["bound"]
+    assert found.best.metrics[LATENCY].how == "measured"
+    assert found.to_json()["shrink"]["rounds"]
+    assert {r["metric"] for r in found.to_json()["shrink"]["spent"]} == {LATENCY, "bytes"}
+
+
+# --- fitting to a measured limit ---------------------------------------------------------------
+
+
+def fake_job(factor: float, noise: dict[int, float] | None = None) -> Any:
+    """Candidates are numbers; n costs n ms by the table and `factor` n ms as measured."""
+    measured = lambda c, *_: Reading((noise or {}).get(c.id, factor * c.id), "ms", "measured")  # noqa: E731
+    limit = Limit(LATENCY, 50.0)
+    original = SimpleNamespace(id=100)
+    return SimpleNamespace(
+        limits=(limit,),
+        latency_limit=limit,
+        predicted=object(),
+        price=lambda c: {LATENCY: Reading(float(c.id), "ms", "predicted")},
+        measured=measured,
+        original=SimpleNamespace(metrics={LATENCY: measured(original)}),
+        family=SimpleNamespace(original=original, name="fake"),
+        study=SimpleNamespace(once=lambda key, compute: {}),
+        runtime=SimpleNamespace(name="a clock"),
+        rounds=[],
+        show=Silent(),
+        keeps=lambda readings: readings[LATENCY].value <= 50,
+    )
+
+
+class Number(SimpleNamespace):
+    """A candidate that can be a key."""
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+def largest(limits: Any) -> Any:
+    if limits[0].bound < 10:
+        raise BudgetError("none")
+    return Number(id=int(min(limits[0].bound, 100)))
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.97, 1.0, 1.4, 2.6])
+def test_a_table_that_is_off_by_a_factor_is_corrected_by_measuring(factor: float) -> None:
+    job = fake_job(factor)
+    job.original.metrics[LATENCY] = Reading(100.0)  # so the first guess is wrong
+    answer = fitting.fitted(job, "fake", largest)
+    assert factor * answer.id <= 50
+    if factor > 0.5:  # the original itself is over the limit
+        assert factor * (answer.id + 3) > 50
+    assert len(job.rounds) <= 10
+
+
+def test_a_limit_that_nothing_keeps_says_what_the_smallest_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = fake_job(6.0)
+    monkeypatch.setattr(fitting, "least", lambda job, metric: Number(id=10))
+    with pytest.raises(BudgetError, match=r"smallest takes 60 ms, 20% over 50 ms and 10% of"):
+        fitting.fitted(job, "fake", largest)
+
+
+def test_one_slow_answer_does_not_end_the_rounds() -> None:
+    job = fake_job(1.0, noise={49: 80.0})
+    answer = fitting.fitted(job, "fake", largest)
+    assert 40 <= answer.id <= 50
+    assert answer.id != 49
+
+
+def test_an_answer_that_is_over_the_limit_after_all_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that slows down after the repair: an error, never a model over the budget."""
+    measure, slow = esp.costs.OnnxRuntime.measure, []
+
+    def slower(self: Any, *args: Any) -> Any:
+        from dataclasses import replace
+
+        timing = measure(self, *args)
+        return replace(timing, median_ms=1000.0) if slow else timing
+
+    class Slowing(Silent):
+        def phase(self, name: str, total: int) -> None:
+            if name.startswith("shrunk: statistics"):
+                slow.append(1)
+
+    monkeypatch.setattr(esp.costs.OnnxRuntime, "measure", slower)
+    with pytest.raises(BudgetError, match=r"latency_ms|as measured"):
+        tiny_shrink(
+            tmp_path / "run", within={LATENCY: "95%"}, progress=Slowing(), repair=False,
+            baselines=False, decisions=(esp.compress.Depth(),),
+        )  # fmt: skip
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"within": {}}, "latency_ms=60%"),
+        ({"within": {"latencyms": 1}}, "latency_ms"),
+        ({"within": {"accuracy": ">= 0.9"}}, "costs"),
+        ({"within": {"bytes": "2%"}}, "least bytes that is reachable"),
+        ({"decisions": "widths"}, "width"),
+        ({"decisions": ""}, "kind of decision"),
+        ({"solver": "alocate"}, "allocate"),
+        ({"measure": "los"}, "loss"),
+        ({"budget": "soon"}, "2min"),
+        ({"weights": "absent.safetensors"}, "absent.safetensors"),
+    ],
+)
+def test_bad_input_gets_one_line(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match=words) as caught:
+        tiny_shrink(tmp_path / "run", **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "ledger.sqlite").exists()  # free for the mended command
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Small(7), "width 7, the task digits needs 10"),
+        (Pair(), "one tensor, got tuple"),
+        (nn.Sequential(nn.Linear(3, 10)), "does not run on an input"),
+        (lambda: 3, "must give a torch.nn.Module, got int"),
+        (3, "got int"),
+        ("absent.pt2", "absent.pt2"),
+        ("model.bin", "pt2"),
+    ],
+)
+def test_a_model_that_does_not_fit_gets_one_line(model: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match=words) as caught:
+        esp.shrink(model, task(), within=WITHIN, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_read_from_files_and_compared(tmp_path: Path) -> None:
+    from espalier.flows.given import load_weights
+
+    state = {k: v.contiguous() for k, v in trained().state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    np.savez(tmp_path / "w.npz", **{k: v.numpy() for k, v in state.items()})
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in state.items()}, "other": 1}
+    torch.save(wrapped, tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.npz", "w.pt"):
+        model = Small()
+        load_weights(model, tmp_path / name)
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    with pytest.raises(DataError, match=r"fc.weight.*\(10, 12\).*\(7, 12\)"):
+        load_weights(Small(7), tmp_path / "w.npz")
+    save_file({k: v for k, v in state.items() if k != "fc.bias"}, tmp_path / "less.safetensors")
+    with pytest.raises(DataError, match=r"it lacks 'fc\.bias'"):
+        load_weights(Small(), tmp_path / "less.safetensors")
+    (tmp_path / "broken.pt").write_bytes(b"not a file of weights")
+    with pytest.raises(DataError, match=r"broken\.pt"):
+        load_weights(Small(), tmp_path / "broken.pt")
+
+
+def test_a_study_of_another_model_is_not_resumed(found: esp.Shrunk) -> None:
+    with pytest.raises(StudyError, match="limits"):
+        tiny_shrink(found.folder, resume=True, within={"bytes": "50%"})
+    with pytest.raises(StudyError, match="resume"):
+        tiny_shrink(found.folder)
