@@ -31,17 +31,16 @@ def calibrate(network: nn.Module, inputs: Tensor, batch: int = 64, weights: bool
     found = {n: m for n, m in network.named_modules() if isinstance(m, Quantiser)}
     samples: dict[str, list[NDArray[np.float64]]] = {name: [] for name in found}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    with deployed(network):
-        for part in torch.split(inputs, batch):
-            for quantiser in found.values():
-                quantiser.seen = []
-            try:
+    try:
+        for name, quantiser in found.items():
+            # sampled at once: what comes after may write over the tensor
+            quantiser.look = lambda x, name=name: samples[name].append(_sample(x))
+        with deployed(network):
+            for part in torch.split(inputs, batch):
                 network(part.to(device))
-                for name, quantiser in found.items():
-                    samples[name] += [_sample(x) for x in quantiser.seen or []]
-            finally:
-                for quantiser in found.values():
-                    quantiser.seen = None
+    finally:
+        for quantiser in found.values():
+            quantiser.look = None
     for name, quantiser in found.items():
         values = np.concatenate(samples[name]) if samples[name] else np.zeros(1)
         if not np.isfinite(values).all():
