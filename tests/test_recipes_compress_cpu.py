@@ -98,7 +98,7 @@ def test_lowformer_runs():
     assert by["stage2", "fused"]["macs"] == pixels * 10 * w * w
     assert found["networks"]["macs"]["choice"]["stage2"] == "inverted"
     assert found["networks"]["ms"]["choice"]["stage2"] == "fused"
-    assert {d["more"] for d in found["disagreements"]} == {"stage2 fused"}
+    assert {d["fewer"] for d in found["disagreements"]} == {"stage1 inverted", "stage2 inverted"}
 
 
 def test_disagreements_are_pairs_whose_orders_differ():

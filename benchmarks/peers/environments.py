@@ -36,7 +36,8 @@ PACKAGES = {
     # it imports the last two without asking for them
     "modelopt": ("torch==2.13.0", "nvidia-modelopt==0.47.0", "requests", "huggingface_hub"),
 }  # fmt: skip
-ALONE = {"archai": ("archai==1.0.0",)}  # installed without what they ask for
+# installed without what they ask for; a newer torchprofile lacks what modelopt looks for
+ALONE = {"archai": ("archai==1.0.0",), "modelopt": ("torchprofile==0.0.4",)}
 _AGAIN = 500  # proposals in a row that are known already, after which a peer has nothing more
 
 

@@ -147,9 +147,9 @@ def conv(
     return [layer, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else [])]
 
 
-def even(width: float) -> int:
-    """A width as a multiple of 4, at least 4: finer steps than 8, to come near a latency."""
-    return max(4, round(width / 4) * 4)
+def even(width: float, step: int = 4) -> int:
+    """A width as a multiple of `step`, at least one: finer than 16 comes nearer a latency."""
+    return max(step, round(width / step) * step)
 
 
 def sample(task: Task) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -122,22 +122,30 @@ def _tokens(x: Tensor) -> Tensor:
     return heads.transpose(2, 3)
 
 
-BLOCKS = {"inverted": inverted, "fused": fused}
-ATTENTIONS = {"full": False, "slim": True}
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {"inverted": inverted, "fused": fused}
+# what ends a stage: whether pixels far apart are mixed there, and how
+MIXERS: dict[str, Callable[[int], nn.Module]] = {
+    "attention": partial(Attention, slim=False),
+    "slim attention": partial(Attention, slim=True),
+    "fused": fused,
+}
 Choice = Mapping[str, str]  # of a place: its block
 
 
 def network(
     channels: int, classes: int, widths: Sequence[int], depth: int, choice: Choice
 ) -> nn.Sequential:
-    """A stem, stages of `depth` chosen blocks between strided convolutions, attention in the second."""
+    """A stem, and stages of `depth` chosen blocks and, but for the first, a mixer.
+
+    Between stages are strided convolutions.
+    """
     layers: list[nn.Module] = conv(channels, widths[0], 3)
     for index, width in enumerate(widths):
         if index:
             layers += conv(widths[index - 1], width, 3, 2)
         layers += [BLOCKS[choice[f"stage{index + 1}"]](width) for _ in range(depth)]
-        if index == 1:
-            layers.append(Attention(width, ATTENTIONS[choice["attention"]]))
+        if index:
+            layers.append(MIXERS[choice[f"mixer{index + 1}"]](width))
     end = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)]
     return nn.Sequential(*layers, *end)
 
@@ -148,8 +156,8 @@ def profile(plan: Plan, shape: Sequence[int], clock: Clock, batched: Clock) -> l
     for index, width in enumerate(plan.widths):
         x = torch.zeros(1, width, shape[1] >> index, shape[2] >> index)
         options = {(f"stage{index + 1}", name): make(width) for name, make in BLOCKS.items()}
-        if index == 1:
-            options |= {("attention", n): Attention(width, slim) for n, slim in ATTENTIONS.items()}
+        if index:
+            options |= {(f"mixer{index + 1}", name): make(width) for name, make in MIXERS.items()}
         blocks = list(options.values())
         ms, many = clock.ms(blocks, x), batched.ms(blocks, x)
         for (place, name), block, one, several in zip(options, blocks, ms, many, strict=True):
@@ -240,8 +248,8 @@ RECIPE = Recipe(
     source="Nottebaum, Dunnhofer & Micheloni, LowFormer: Hardware Efficient Design for Convolutional "
     "Transformer Backbones (WACV 2025), https://arxiv.org/abs/2409.03460",
     parts=(
-        "space: in each stage an inverted bottleneck or its fused form; attention over all pixels of "
-        "the second stage, or over a quarter of them",
+        "space: in each stage an inverted bottleneck or its fused form; behind it, but for the first "
+        "stage, attention over all pixels or over a quarter of them, or one more fused block",
         "profile: every block at the width and resolution of its place, alone, in ONNX Runtime on one "
         "thread, one input and a batch",
         "rule: in each place the block that takes least",
@@ -258,10 +266,11 @@ Multiply-accumulates say little of time: depthwise convolutions have few and are
 with few channels is slower than a small one with many. So blocks are timed where they stand. The fused
 block has no expansion, so that its work is about that of the inverted bottleneck in its place.
 
-What is chosen in the second stage is also whether attention looks at all pixels or at a quarter of
-them, behind a strided depthwise convolution and with half of the channels.
+At the end of a stage stands attention over all pixels; attention over a quarter of them, behind a
+strided depthwise convolution and with half of the channels, which has the fewest multiply-accumulates;
+or one more fused block, which has the most.
 
-Differs from the paper: convolutions that come back to the full resolution behind the slim attention are
+Differs from the paper: attention competes with convolutions in every stage but the first; convolutions that come back to the full resolution behind the slim attention are
 left out, its values are repeated; and the networks are small. At smoke scale latency is a formula.
 """,
 )

@@ -1,0 +1,251 @@
+"""The ways to shrink a model that shrink_vs_peers.py compares: `espalier.shrink`, peers, uniform widths.
+
+Peers and uniform widths know no latency: they are asked for less and less, and what they give is
+measured, until it keeps the latency. That loop is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import espalier as esp
+import models
+from espalier.compress import Pretrained, Widths
+from espalier.compress.repair import reconstruct
+from espalier.errors import EspalierError
+from espalier.recipes._measured import Processor
+from espalier.tasks import Task
+from espalier.train import recalibrate
+from peers.environments import process
+
+STEP = 0.96  # of the amount, from one network to the next
+LEAST = 0.01  # amount below which nothing is asked for
+SLACK = 1.01  # over the limit that still keeps it: the noise of a ratio
+EXAMPLES = 512  # of the reconstruction
+
+
+@dataclass
+class Job:
+    """One model and its data, as every method gets them."""
+
+    name: str  # of the function in models.py
+    original: nn.Module
+    task: Task  # its test split is never the real one
+    seed: int
+    folder: Path
+    plan_seconds: float  # for `espalier.shrink` to measure and decide in
+
+    def __post_init__(self) -> None:
+        self.clock = Processor(rounds=9, seed=self.seed)
+        self.example = torch.zeros(1, *self.task.shape)
+        self.files: dict[str, str] = {}
+
+    def ratio(self, network: nn.Module) -> float:
+        """Measured latency over that of the original, timed beside it."""
+        return self.clock.ratio(network, self.original, self.example)
+
+
+@dataclass
+class Cut:
+    """A network that keeps a share of the latency, before it is fine-tuned."""
+
+    network: nn.Module
+    ratio: float
+    seconds: float  # of all that led to it
+    amount: float | None = None  # of what its method was asked for
+    mended: float = 0.0  # seconds of repair already, which fine-tuning has less
+
+
+class Method(ABC):
+    """A way to shrink: networks of falling amounts."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @abstractmethod
+    def at(self, amount: float) -> nn.Module:
+        """The network of an amount in 0..1, smaller than the one asked for before."""
+
+    def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
+        """For each share the first network that keeps it; None where none does."""
+        found: dict[float, Cut | None] = dict.fromkeys(sorted(shares, reverse=True))
+        start, amount = time.perf_counter(), STEP
+        while amount > LEAST and any(cut is None for cut in found.values()):
+            network = self.at(amount)
+            ratio = self.job.ratio(network)
+            for share, cut in found.items():
+                if cut is None and ratio <= share * SLACK:
+                    # looked at again before it counts: the least of many noisy ratios is too low
+                    ratio = median([ratio, self.job.ratio(network), self.job.ratio(network)])
+                    if ratio <= share * SLACK:
+                        spent = time.perf_counter() - start
+                        found[share] = Cut(network, ratio, spent, amount)
+            amount *= STEP
+        return found
+
+
+class Uniform(Method):
+    """Every width the same share of the original's, in steps of 4 channels; the largest weights stay."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        cut = Widths(multiple=4, least=0.05, steps=64, importance="magnitude")
+        self.family = Pretrained(job.original, job.example.repeat(2, 1, 1, 1), (cut,))
+
+    def at(self, amount: float) -> nn.Module:
+        """The nearest option of every width; batch norms get new statistics."""
+        chosen = {
+            d.name: min(d.options, key=lambda o: abs(int(o) / int(d.options[-1]) - amount))
+            for d in self.family.space.decisions
+        }
+        network = self.family.build(self.family.space.candidate(chosen))
+        recalibrate(network, self.job.task, seed=self.job.seed)
+        return network
+
+
+class Peer(Method):
+    """A peer in an environment of its own; amounts are shares of multiply-accumulates."""
+
+    def __init__(self, job: Job, environment: str, script: str, method: str) -> None:
+        super().__init__(job)
+        self._process = process(environment, script)
+        self._ask({"begin": {**begin(job), "method": method}})
+
+    def at(self, amount: float) -> nn.Module:
+        """What the peer answers, its layers made again from the shapes of the weights."""
+        with np.load(self._ask({"amount": amount})) as state:
+            tensors = {name: torch.from_numpy(state[name]) for name in state.files}
+        network = shaped(models.MODELS[self.job.name](), tensors)
+        recalibrate(network, self.job.task, seed=self.job.seed)
+        return network
+
+    def _ask(self, message: Mapping[str, Any]) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise EspalierError("the peer's script ended: see what it wrote above")
+        return str(json.loads(line)["state"])
+
+
+def begin(job: Job) -> dict[str, Any]:
+    """The first message to a peer: the original and some data as files."""
+    weights, data = job.folder / f"{job.name}.npz", job.folder / f"data-{job.name}-{job.seed}.npz"
+    np.savez(weights, **{k: v.numpy() for k, v in job.original.state_dict().items()})
+    arrays = {}
+    for split, count in (("train", 2048), ("validation", 1024)):
+        order = torch.Generator().manual_seed(job.seed)
+        x, y = next(iter(job.task.batches(split, count, order)))  # type: ignore[arg-type]
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = x.contiguous().numpy(), y.numpy()
+    np.savez(data, **arrays)
+    return {
+        "file": str(Path(models.__file__).resolve()),
+        "model": job.name,
+        "weights": str(weights.resolve()),
+        "data": str(data.resolve()),
+        "seed": job.seed,
+        "folder": str(job.folder.resolve()),
+    }
+
+
+def shaped(network: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A network whose convolutions, norms and linear layers have the shapes of a state, loaded."""
+    for path, layer in list(network.named_modules()):
+        weight = state.get(f"{path}.weight")
+        if weight is None:
+            continue
+        bias = f"{path}.bias" in state
+        new: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            depthwise = layer.groups == layer.in_channels and layer.groups > 1
+            groups = len(weight) if depthwise else layer.groups
+            new = nn.Conv2d(
+                weight.shape[1] * groups,
+                len(weight),
+                layer.kernel_size,  # type: ignore[arg-type]
+                layer.stride,  # type: ignore[arg-type]
+                layer.padding,  # type: ignore[arg-type]
+                groups=groups,
+                bias=bias,
+            )
+        elif isinstance(layer, nn.BatchNorm2d):
+            new = nn.BatchNorm2d(len(weight), layer.eps, layer.momentum)
+        elif isinstance(layer, nn.Linear):
+            new = nn.Linear(weight.shape[1], len(weight), bias)
+        else:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(network.get_submodule(parent), name, new)
+    network.load_state_dict(dict(state))
+    return network.eval()
+
+
+class Espalier:
+    """`espalier.shrink` up to repair, and the closed-form part of its repair.
+
+    The later shares reuse the table of latencies and the profile of the first.
+    """
+
+    def __init__(self, job: Job, decisions: Sequence[str] = ("width", "depth")) -> None:
+        self.job, self.decisions = job, decisions
+
+    def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
+        """A cut for each share."""
+        job, found, first = self.job, {}, None
+        for share in sorted(shares, reverse=True):
+            start = time.perf_counter()
+            out = job.folder / "-".join(["shrink", job.name, str(job.seed), f"{share:g}", str(time.time_ns())])  # fmt: skip
+            shrunk = esp.shrink(
+                job.original,
+                job.task,
+                within={"latency_ms": f"{100 * share:g}%"},
+                budget=job.plan_seconds,
+                decisions=self.decisions,
+                repair=False,
+                baselines=False,
+                seed=job.seed,
+                out=out,
+                reuse=first,
+            )
+            first = first or out
+            network = shrunk.network()
+            spent, mending = time.perf_counter() - start, time.perf_counter()
+            order = torch.Generator().manual_seed(job.seed)
+            x, _ = next(iter(job.task.batches("train", EXAMPLES, order)))
+            reconstruct(network, job.original, x, seed=job.seed)
+            mended = time.perf_counter() - mending
+            found[share] = Cut(network, job.ratio(network), spent, None, mended)
+        return found
+
+
+def method(name: str, job: Job) -> Method | Espalier:
+    """A way to shrink by its name in the results."""
+    if name == "espalier":
+        return Espalier(job)
+    if name == "uniform width":
+        return Uniform(job)
+    environment, script, how = PEERS[name]
+    return Peer(job, environment, script, how)
+
+
+PEERS = {
+    "torch-pruning global": ("torch-pruning", "torch_pruning_peer.py", "global"),
+    "torch-pruning local": ("torch-pruning", "torch_pruning_peer.py", "local"),
+    "modelopt fastnas": ("modelopt", "modelopt_peer.py", "fastnas"),
+}
+METHODS = ("espalier", *PEERS, "uniform width")
