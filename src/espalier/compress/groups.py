@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.attention import Attention
 from espalier.compress.cut import Ignored
-from espalier.compress.labelling import Owned, Trace
+from espalier.compress.label_calls import KERNEL, TABLE
+from espalier.compress.labelling import Trace
 from espalier.compress.labels import Whole
 from espalier.compress.narrow import Rows, narrow
+from espalier.compress.sizes import Place, Size, resize, swap
 
 Kept = Mapping[str, Tensor]
+WEAK = (KERNEL, TABLE)  # reasons that hold of one dim and say nothing of the layer's outputs
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Group:
     heads: bool = False
     averaged: bool = False
     numbers: tuple[Scaled, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     @property
     def producer(self) -> Member:
@@ -83,10 +88,17 @@ def cut(model: nn.Module, groups: Mapping[str, Group], kept: Kept) -> None:
 
     Parameters that modules share stay shared.
     """
+    rows = kept_rows(groups, kept)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and {path, f"{path}.out_proj"} & set(rows):
+            swap(model, path, Attention(module))
     modules = dict(model.named_modules(remove_duplicate=False))
     shared: dict[int, Tensor] = {}
-    for path, rows in kept_rows(groups, kept).items():
-        narrow(modules[path], rows, shared)
+    for path, gone in rows.items():
+        narrow(modules[path], gone, shared)
+    for path, wanted in kept_sizes(groups, kept).items():
+        resize(modules[path], wanted)
     for name, units in kept.items():
         for number in groups[name].numbers:
             value = groups[name].scaled(number, len(units))
@@ -102,6 +114,22 @@ def _set(module: nn.Module, name: str, value: int) -> None:
         setattr(own, last, value)
     else:
         setattr(module, name, value)
+
+
+def kept_sizes(groups: Mapping[str, Group], kept: Kept) -> dict[str, list[tuple[Size, int]]]:
+    """For each graph module the sizes that change, and to what."""
+    left: dict[tuple[str, str, Place], tuple[Size, int]] = {}
+    for name, units in kept.items():
+        stay = torch.zeros(groups[name].units, dtype=torch.bool)
+        stay[units] = True
+        for size in groups[name].sizes:
+            key = (size.path, size.node, size.place)
+            value = left.get(key, (size, size.whole))[1]
+            left[key] = (size, value - int(size.rows[~stay].sum()))
+    found: dict[str, list[tuple[Size, int]]] = {}
+    for size, value in left.values():
+        found.setdefault(size.path, []).append((size, value))
+    return found
 
 
 def kept_rows(groups: Mapping[str, Group], kept: Kept) -> dict[str, Rows]:
@@ -144,8 +172,9 @@ def grouped(trace: Trace) -> tuple[list[Group], dict[int, str], list[Ignored]]:
         made = [m for m, (i, _) in zip(members, signature, strict=True) if _produces(trace, i, m)]
         if made:
             name = _unused(made[0].path or made[0].tensor, groups)
-            heads = bool(attended & set(labels))
-            groups.append(Group(name, len(labels), members, heads, bool(averaged & set(labels))))
+            heads, mean = bool(attended & set(labels)), bool(averaged & set(labels))
+            sizes = _sizes(trace, labels)
+            groups.append(Group(name, len(labels), members, heads, mean, sizes=sizes))
             of.update(dict.fromkeys(labels, name))
     return (
         groups,
@@ -172,6 +201,18 @@ def _averaged(trace: Trace, root: Whole) -> set[int]:
     return found
 
 
+def _sizes(trace: Trace, labels: Sequence[int]) -> tuple[Size, ...]:
+    """The sizes in graphs that count a group's units: `labels` are their classes."""
+    found: dict[tuple[str, str, Place], Size] = {}
+    for read in trace.sizes:
+        roots = trace.labels.find(read.labels)
+        rows = torch.tensor([int((roots == label).sum()) for label in labels])
+        if rows.any() and len(np.unique(roots)) > 1:  # else a dim within each unit, as of a head
+            key = (read.path, read.node, read.place)
+            found[key] = Size(*key, read.dim, len(read.labels), rows)
+    return tuple(found.values())
+
+
 def _member(trace: Trace, index: int, rows: Sequence[list[int]]) -> Member:
     owned = trace.owned[index]
     consumed = owned.start in trace.consumed
@@ -192,16 +233,17 @@ def _unused(path: str, groups: Sequence[Group]) -> str:
 def _locked(trace: Trace, why: Whole) -> list[Ignored]:
     """Layers none of whose outputs can be cut, and why."""
     free: set[tuple[tuple[str, str], ...]] = set()
-    reasons: dict[tuple[tuple[str, str], ...], int] = {}
-    for owned in reversed(trace.owned):
-        found = why[owned.start : owned.start + owned.size]
-        makes = owned.start not in trace.consumed or owned.start in trace.made
-        if owned.rank > 1 and makes and (found < 0).any():
+    found: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for owned in trace.owned:
+        locks = why[owned.start : owned.start + owned.size]
+        if owned.rank < 2 or (owned.start in trace.consumed and owned.start not in trace.made):
+            continue
+        if (locks < 0).any():
             free.add(owned.owners)
-        elif owned.rank > 1 and makes:
-            reasons[owned.owners] = int(found[0])
+        else:
+            found.setdefault(owned.owners, []).append(trace.labels.reasons[locks[0]])
     return [
-        Ignored(owners[0][0] or owners[0][1], "width", trace.labels.reasons[reason])
-        for owners, reason in reversed(reasons.items())
+        Ignored(owners[0][0] or owners[0][1], "width", min(reasons, key=WEAK.__contains__))
+        for owners, reasons in found.items()
         if owners not in free
     ]

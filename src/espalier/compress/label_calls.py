@@ -11,6 +11,8 @@ from torch import Tensor
 
 from espalier.compress.labels import Labels
 
+TABLE = "rows of a table are looked up by their index"
+KERNEL = "places of a kernel"
 INPUT = "joined with the model's input, or with values of no channel"
 
 

@@ -41,12 +41,12 @@ def _viewed(mode: Mode, call: Call, out: Any) -> None:
 
 @rule("split", "split_with_sizes", "chunk")
 def _split(mode: Mode, call: Call, out: Any) -> None:
-    x, parts = call["self"], results(out)
+    x = call["self"]
     dim = call.get("dim", 0) % x.dim()
-    even = len({p.shape[dim] for p in parts}) == 1
+    sizes = {part.shape[dim] for part in results(out)}
     for f in mode.get(x):
-        if even and dim in mode.labels.named(f.labels):
-            mode.labels.parts(f.labels, dim, len(parts))
+        if dim in mode.labels.named(f.labels):
+            mode.labels.parts(f.labels, dim, sizes)
     _put(mode, out, [(call.again(f.labels), f.own) for f in mode.get(x)])
 
 
@@ -54,18 +54,18 @@ def _split(mode: Mode, call: Call, out: Any) -> None:
 def _slice(mode: Mode, call: Call, out: Any) -> None:
     x, dim = call["self"], call.get("dim", 0) % call["self"].dim()
     size, part = x.shape[dim], out.shape[dim]
-    start = call.get("start") or 0
-    start = max(start + size, 0) if start < 0 else start
-    whole = call.get("step", 1) == 1 and 0 < part < size and not size % part and not start % part
-    for f in mode.get(x):
-        if whole and dim in mode.labels.named(f.labels):
-            mode.labels.parts(f.labels, dim, size // part)
+    if call.get("step", 1) == 1 and 0 < part < size:
+        known = dim in mode.trace.slices.setdefault(x, {})
+        mode.trace.slices[x].setdefault(dim, set()).add(part)
+        for f in mode.get(x) if not known else ():
+            if dim in mode.labels.named(f.labels):
+                mode.labels.parts(f.labels, dim, mode.trace.slices[x][dim])
     _put(mode, out, [(call.again(f.labels), f.own) for f in mode.get(x)])
 
 
 @rule("cat")
 def _cat(mode: Mode, call: Call, out: Any) -> None:
-    tensors = [t for t in call["tensors"] if t.dim() == out.dim()]
+    tensors = [t for t in call["tensors"] if t.dim() == out.dim() and t.numel()]
     _joined(
         mode, [[f.labels for f in mode.get(t)] for t in tensors], tensors, call.get("dim", 0), out
     )

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from espalier.compress.label_calls import INPUT, Call, Field, Mode, along, couple, met, vector
+from espalier.compress.label_calls import (
+    INPUT,
+    KERNEL,
+    Call,
+    Field,
+    Mode,
+    along,
+    couple,
+    met,
+    vector,
+)
 from espalier.compress.label_rules import rule
 from espalier.compress.labels import thin
 
@@ -86,7 +96,7 @@ def _convolution(mode: Mode, call: Call, out: Any) -> bool | None:
     ins, outs = (0, 1) if transposed else (1, 0)
     dims: dict[int, Tensor] = {}
     for g in mode.get(w):
-        mode.labels.fixed(g.labels, mode.labels.named(g.labels) - {0, 1}, "places of a kernel")
+        mode.labels.fixed(g.labels, mode.labels.named(g.labels) - {0, 1}, KERNEL)
         for dim in mode.labels.named(g.labels) & {0, 1}:
             dims[dim] = vector(g.labels, dim)
     if groups > 1 and (transposed or (ins not in dims and w.shape[1] > 1)):

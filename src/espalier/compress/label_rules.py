@@ -14,6 +14,7 @@ from torch import Tensor
 
 from espalier.compress.label_calls import (
     INPUT,
+    TABLE,
     Call,
     Field,
     Mode,
@@ -177,7 +178,7 @@ def _embedding(mode: Mode, call: Call, out: Any) -> None:
     fields = []
     for f in mode.get(call["weight"]):
         if 0 in mode.labels.named(f.labels):
-            mode.labels.lock(f.labels, "rows of a table are looked up by their index")
+            mode.labels.lock(f.labels, TABLE)
         else:
             columns = vector(f.labels, 1)
             mode.trace.made |= set(columns.tolist()) if f.own else set()
@@ -196,7 +197,7 @@ def _index(mode: Mode, call: Call, out: Any) -> bool | None:
         dims |= set(range(dim, dim + wide)) if index is not None else set()
         dim += wide
     for f in mode.get(call["self"]):
-        mode.labels.fixed(f.labels, dims, "rows of a table are looked up by their index")
+        mode.labels.fixed(f.labels, dims, TABLE)
     mode.put(out, [Field(call.again(f.labels)) for f in mode.get(call["self"])])
     return None
 

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from espalier.compress import label_moves, label_products  # noqa: F401  (they register rules)
-from espalier.compress.label_calls import Call, Field
+from espalier.compress.label_calls import Call, Field, vector
 from espalier.compress.label_rules import rule_of
 from espalier.compress.labels import Labels
+from espalier.compress.sizes import SizeRead, graphs_watched, sizes_of, value_at
 from espalier.errors import EspalierError
 
 
@@ -47,6 +48,8 @@ class Trace:
     attended: set[int] = field(default_factory=set)  # labels that met in products by heads
     made: set[int] = field(default_factory=set)  # labels that a table's lookup gives
     averaged: list[tuple[Tensor, set[int]]] = field(default_factory=list)
+    slices: Any = field(default_factory=WeakTensorKeyDictionary)  # tensor -> dim -> sizes of parts
+    sizes: list[SizeRead] = field(default_factory=list)
     ends: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
 
@@ -115,6 +118,16 @@ class Labelling(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._lock(given, func, out)
         return out
 
+    def read_sizes(self, path: str, node: fx.Node, out: Any) -> None:
+        """Remember the sizes that a graph's node gives to dims of channels."""
+        for place, dim, tensor in sizes_of(node, out):
+            if value_at(node, place) == -1:
+                continue
+            for f in self.get(tensor):
+                if dim in self.labels.named(f.labels):
+                    labels = vector(f.labels, dim).clone()
+                    self.trace.sizes.append(SizeRead(path, node.name, place, dim, labels))
+
     def _lock(self, given: list[Tensor], func: Any, out: Any) -> None:
         why = f"no rule says how {func._schema.name.split('::')[-1]} treats channels"
         for tensor in given:
@@ -135,7 +148,8 @@ def followed(model: nn.Module, example: Tensor) -> Trace:
     The model is left as it was, its mode included. Errors: `EspalierError` when it does not run.
     """
     mode = Labelling(model)
-    with evaluated(model), _ends(model, mode), plain_attention(), torch.no_grad():
+    watched = graphs_watched(model, mode.read_sizes)
+    with evaluated(model), _ends(model, mode), watched, plain_attention(), torch.no_grad():
         try:
             with mode:
                 out = model(example)

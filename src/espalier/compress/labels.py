@@ -145,18 +145,20 @@ class Labels:
             self.level(field, varying[:-1])
         return force
 
-    def parts(self, field: Tensor, dim: int, parts: int) -> None:
-        """A dim that was cut in even parts: where nothing else ties its channels, all parts lose
+    def parts(self, field: Tensor, dim: int, sizes: set[int]) -> None:
+        """A dim that is taken apart into parts of these sizes. Where they are even all parts lose
         alike, as a model does that computes the size of the parts from the whole."""
-        self._waiting.append((3, lambda force: self._parts(field, dim, parts, force)))
+        self._waiting.append((3, lambda force: self._parts(field, dim, sizes, force)))
 
-    def _parts(self, field: Tensor, dim: int, parts: int, force: bool) -> bool:
-        rows = self.find(field.movedim(dim, 0).flatten(1)[:, 0])
-        if len(np.unique(rows)) < len(rows):
-            return True
-        if force:
-            self.level(field.movedim(dim, 0).reshape(parts, -1), {0})
-        return force
+    def _parts(self, field: Tensor, dim: int, sizes: set[int], force: bool) -> bool:
+        if not force:
+            return False
+        size = min(sizes)
+        if len(sizes) == 1 and not field.shape[dim] % size:
+            rows = self.find(field.movedim(dim, 0).flatten(1)[:, 0]).reshape(-1, size)
+            if len({tuple(sorted(part)) for part in rows.tolist()}) > 1:
+                self.level(field.movedim(dim, 0).unflatten(0, rows.shape), {0})  # type: ignore[no-untyped-call]
+        return True
 
     def settle(self) -> None:
         """Decide what waits: whatever follows from the rest first, then defaults one by one."""

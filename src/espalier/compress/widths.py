@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from espalier.compress.cut import BoundCut, Cut, Ignored
-from espalier.compress.groups import Group, cut, grouped, kept_rows
+from espalier.compress.discovery import discover
+from espalier.compress.groups import Group, cut, kept_rows
 from espalier.compress.importance import KINDS, scores
-from espalier.compress.labelling import followed
-from espalier.compress.labels import thin
+from espalier.compress.labelling import evaluated
 from espalier.compress.narrow import narrow
-from espalier.compress.proof import proven
+from espalier.compress.sizes import swap, traced
 from espalier.errors import EspalierError, unknown
 from espalier.space import Decision, Ordinal
 from espalier.space.options import Option
@@ -60,32 +59,16 @@ class Widths(Cut):
             raise EspalierError(f"multiple is a whole number from 1, got {self.multiple!r}")
 
     def bind(self, model: nn.Module, example: Tensor) -> BoundWidths:
-        """The groups of a model, found by one run on the example's first two rows."""
-        example = example[:2]
-        trace = followed(model, example)
-        found, of, ignored = grouped(trace)
-        wanted, options = [], {}
-        for group in found:
-            reason = self._unwanted(group)
-            if reason:
-                ignored.append(Ignored(group.name, "width", reason))
-            else:
-                wanted.append(group)
-                options[group.name] = self.options(group)
-        groups, failed = proven(model, example, wanted)
-        named = {g.name: g for g in groups}
-        ends = {
-            path: tuple(
-                dict.fromkeys(n for f in sides[0] + sides[1] for n in _of(f, of) if n in named)
-            )
-            for path, sides in trace.ends.items()
-        }
+        """The groups of a model, found by runs on the example's first two rows."""
+        found = discover(model, _few(model, example), self._unwanted)
         kind = self.importance if self.importance == "bn" else "magnitude"
-        given = scores(model, named, kind)
-        given.update({k: v for k, v in (self.scores or {}).items() if k in named})
-        return BoundWidths.made(
-            named, {n: options[n] for n in named}, tuple(ignored + failed), ends, given
+        given = scores(model, found.groups, kind)
+        given.update({k: v for k, v in (self.scores or {}).items() if k in found.groups})
+        decisions = tuple(
+            Ordinal(PREFIX + name, self.options(group)) for name, group in found.groups.items()
         )
+        bound = BoundWidths(found.groups, {}, decisions, found.ignored, found.ends, found.traced)
+        return bound.with_scores(given)
 
     def _unwanted(self, group: Group) -> str:
         if group.units < 2:
@@ -110,8 +93,16 @@ class Widths(Cut):
         return (*sorted(c for c in counts if c < group.units), group.units)
 
 
-def _of(labels: Tensor, of: Mapping[int, str]) -> Iterable[str]:
-    return [of[x] for x in np.unique(thin(labels)[0].numpy()).tolist() if x in of]
+def _few(model: nn.Module, example: Tensor) -> Tensor:
+    """Two rows of the example; all of it where the model takes no other number."""
+    if len(example) <= 2:
+        return example
+    try:
+        with evaluated(model), torch.no_grad():
+            model(example[:2])
+    except Exception:
+        return example
+    return example[:2]
 
 
 @dataclass(frozen=True)
@@ -123,20 +114,7 @@ class BoundWidths(BoundCut):
     decisions: tuple[Decision, ...] = ()
     ignored: tuple[Ignored, ...] = ()
     ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def made(
-        cls,
-        groups: Mapping[str, Group],
-        options: Mapping[str, tuple[int, ...]],
-        ignored: tuple[Ignored, ...],
-        ends: Mapping[str, tuple[str, ...]],
-        given: Mapping[str, Tensor],
-    ) -> BoundWidths:
-        """Bound widths, ordered by scores."""
-        decisions = tuple(Ordinal(PREFIX + name, options[name]) for name in groups)
-        bound = cls(groups, {}, decisions, ignored, ends)
-        return bound.with_scores(given)
+    traced: tuple[str, ...] = ()
 
     def with_scores(self, given: Mapping[str, Tensor]) -> BoundWidths:
         """The same groups with their units in another order; groups without scores keep theirs.
@@ -168,7 +146,12 @@ class BoundWidths(BoundCut):
 
     def apply(self, model: nn.Module, choices: Mapping[str, Option]) -> None:
         """Cut a deep copy of the bound model in place, to the chosen numbers of units."""
-        cut(model, self.groups, self.kept(choices))
+        kept = self.kept(choices)
+        needed = {size.path for name in kept for size in self.groups[name].sizes}
+        for path in self.traced:
+            if path in needed:
+                swap(model, path, traced(model.get_submodule(path)))
+        cut(model, self.groups, kept)
 
     def layers(self) -> Mapping[str, tuple[str, ...]]:
         """Layer (its path) -> the decisions that decide its weights', inputs' or outputs' shape."""

@@ -1,0 +1,112 @@
+"""What of a model can be cut: its groups found, proved, and where need be its blocks traced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from espalier.compress.cut import Ignored
+from espalier.compress.groups import Group, grouped
+from espalier.compress.labelling import evaluated, followed, outputs
+from espalier.compress.labels import thin
+from espalier.compress.proof import close, proven
+from espalier.compress.sizes import swap, traced
+
+
+@dataclass(frozen=True)
+class Found:
+    """Groups that can be cut; the layers left alone; the groups in the shape of each leaf layer's
+    inputs and outputs; and the modules to be traced into graphs before they are cut."""
+
+    groups: Mapping[str, Group]
+    ignored: tuple[Ignored, ...]
+    ends: Mapping[str, tuple[str, ...]]
+    traced: tuple[str, ...] = ()
+
+
+def discover(model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]) -> Found:
+    """The groups of a model; those for which `unwanted` gives a reason are left alone.
+
+    Where a cut model fails because a block writes sizes of its input into its shapes, the block is
+    traced into a graph in which such sizes can follow. Errors: `EspalierError` as of `followed`.
+    """
+    found, failed = _look(model, example, unwanted)
+    paths = _blocks(model, failed)
+    if not paths:
+        return found
+    twin, changed = _traced(model, example, paths)
+    if not changed:
+        return found
+    second, _ = _look(twin, example, unwanted)
+    if len(second.groups) <= len(found.groups):
+        return found
+    used = {s.path for g in second.groups.values() for s in g.sizes}
+    needed = tuple(p for p in changed if p in used)
+    return Found(second.groups, second.ignored, second.ends, needed)
+
+
+def _look(
+    model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]
+) -> tuple[Found, list[Group]]:
+    trace = followed(model, example)
+    found, of, ignored = grouped(trace)
+    reasons = {g.name: unwanted(g) for g in found}
+    ignored += [Ignored(name, "width", why) for name, why in reasons.items() if why]
+    wanted = [g for g in found if not reasons[g.name]]
+    sound, failed = proven(model, example, wanted)
+    named = {g.name: g for g in sound}
+    ends = {
+        path: tuple(n for n in dict.fromkeys(_of([*sides[0], *sides[1]], of)) if n in named)
+        for path, sides in trace.ends.items()
+    }
+    names = {i.layer for i in failed}
+    return Found(named, tuple(ignored + failed), ends), [g for g in wanted if g.name in names]
+
+
+def _of(fields: Iterable[Tensor], of: Mapping[int, str]) -> Iterable[str]:
+    return [of[x] for f in fields for x in np.unique(thin(f)[0].numpy()).tolist() if x in of]
+
+
+def _blocks(model: nn.Module, failed: Iterable[Group]) -> list[str]:
+    """The modules that hold the layers of groups that can't be cut as they are."""
+    parents = {p.rpartition(".")[0] for g in failed for m in g.members for p, _ in m.owners}
+    return sorted(p for p in parents if p and not _within_graph(model, p))
+
+
+def _within_graph(model: nn.Module, path: str) -> bool:
+    parts = path.split(".")
+    above = (".".join(parts[:i]) for i in range(len(parts) + 1))
+    return any(isinstance(model.get_submodule(p), fx.GraphModule) for p in above)
+
+
+def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Module, list[str]]:
+    """A copy with those modules traced that can be, and still compute the same."""
+    with evaluated(model), torch.no_grad():
+        expected = outputs(model(example))
+    twin = copy.deepcopy(model)
+    changed: list[str] = []
+    for path in paths:
+        before = twin.get_submodule(path)
+        if any(path.startswith(f"{done}.") for done in changed) or _plain(before):
+            continue
+        try:
+            swap(twin, path, traced(before))
+            with evaluated(twin), torch.no_grad():
+                found = outputs(twin(example))
+            same = len(found) == len(expected) and all(map(close, found, expected))
+        except Exception:  # whatever tracing meets in a user's code: the block stays as it is
+            same = False
+        if same:
+            changed.append(path)
+        else:
+            swap(twin, path, before)
+    return twin, changed
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
