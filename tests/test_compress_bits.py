@@ -248,3 +248,9 @@ def test_quantised_networks_train_and_take_new_ranges() -> None:
     calibrate(twin, 3 * x)
     assert float(twin.stem[0].input_quantiser.scale) > 2 * float(cut.stem[0].input_quantiser.scale)
     assert torch.equal(twin.linear.weight, cut.linear.weight)
+    with torch.no_grad():
+        twin.linear.weight.mul_(4)  # scales follow
+    torch.testing.assert_close(twin.linear.rounded_weight(), 4 * cut.linear.rounded_weight())
+    loaded = family.build(family.space.decode(family.space.corner(False))[0])
+    loaded.load_state_dict(twin.state_dict())
+    assert torch.equal(loaded(x), twin(x))

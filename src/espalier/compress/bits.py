@@ -156,7 +156,7 @@ class BoundBits(BoundCut):
             round_output(modules[name])
         for name, bits in wanted.items():
             model.set_submodule(name, quantised(modules[name], bits, self._block))
-        calibrate(model, self.inputs, weights=False)
+        calibrate(model, self.inputs)
 
     def slice(self, name: str, layer: nn.Module, choices: Mapping[str, Option]) -> nn.Module | None:
         """The layer alone, with its input rounded to a range that is made up."""

@@ -9,26 +9,24 @@ from torch import Tensor, nn
 
 from espalier.errors import DataError
 from espalier.export import deployed
-from espalier.export.quantisers import LEVELS, Quantised, Quantiser
+from espalier.export.quantisers import LEVELS, Quantiser
 
 _SAMPLE = 1 << 14  # values of a tensor and batch that are looked at
 _SHARES = (1.0, 0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
 
 
-def calibrate(network: nn.Module, inputs: Tensor, batch: int = 64, weights: bool = True) -> None:
+def calibrate(network: nn.Module, inputs: Tensor, batch: int = 64) -> None:
     """Sets the ranges of a network's quantisers, in place, from what they see on `inputs` `(n, ...)`.
 
-    Of some ranges that clip more and more, each takes the one of least squared error. `weights`:
-    the weights' scales are fitted anew too, as after training or after channels were cut.
+    Of some ranges that clip more and more, each takes the one of least squared error. To be called
+    again where the network has changed: activations' ranges do not follow by themselves.
     Errors: `DataError` for no inputs, and where a tensor is not finite.
     """
     if len(inputs) == 0:
         raise DataError("calibration needs at least one input, got none")
-    if weights:
-        for module in network.modules():
-            if isinstance(module, Quantised):
-                module.fit_weight()
     found = {n: m for n, m in network.named_modules() if isinstance(m, Quantiser)}
+    if not found:
+        return
     samples: dict[str, list[NDArray[np.float64]]] = {name: [] for name in found}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:

@@ -67,7 +67,7 @@ def _levels(quantiser: nn.Module) -> tuple[float, int] | None:
 
 
 def _weights(layer: Quantised) -> Weights:
-    scales = layer.weight_scale.detach().float().cpu().numpy()
+    scales = layer.scales().detach().float().cpu().numpy()
     return Weights(layer.weight.detach().float().cpu().numpy(), scales, layer.bits, layer.block)
 
 

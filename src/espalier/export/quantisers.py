@@ -59,6 +59,7 @@ class Quantiser(nn.Module):
 class Quantised(nn.Module):
     """What quantised layers have: `bits` of a weight, its scales, and a quantiser of the input.
 
+    Scales follow the weights, so that whatever changes these (training, a repair) needs no more.
     `block` 0: a scale an output channel, the input is quantised too. Otherwise weights alone are
     quantised, every `block` inputs of an output with a scale of their own.
     """
@@ -72,8 +73,9 @@ class Quantised(nn.Module):
     def _quantise(self, bits: int, block: int) -> None:
         self.bits, self.block = bits, block
         self.input_quantiser = nn.Identity() if block else Quantiser()
+        self._fitted: tuple[int, int] | None = None
         self.register_buffer("weight_scale", torch.empty(0))
-        self.fit_weight()
+        self.scales()
 
     @property
     def most(self) -> int:
@@ -88,9 +90,17 @@ class Quantised(nn.Module):
         short = -flat.shape[1] % self.block
         return functional.pad(flat, (0, short)).reshape(-1, self.block)
 
+    def scales(self) -> Tensor:
+        """The scales of the weights as they are now: fitted again where those have changed."""
+        now = (self.weight.data_ptr(), self.weight._version)
+        if now != self._fitted:
+            self.weight_scale = self._fit()
+            self._fitted = now
+        return self.weight_scale
+
     @torch.no_grad()
-    def fit_weight(self) -> None:
-        """Scales that give the weights as they are now the least squared error, of 24 tried."""
+    def _fit(self) -> Tensor:
+        """Those of least squared error, of 24 tried."""
         rows = self.rows()
         whole = (rows.abs().amax(dim=1) / self.most).clamp_min(_LEAST)
         best, least = whole.clone(), torch.full_like(whole, float("inf"))
@@ -103,7 +113,7 @@ class Quantised(nn.Module):
                 torch.where(error < least, scale, best),
                 torch.minimum(error, least),
             )
-        self.weight_scale = best
+        return best
 
     def rounded_weight(self) -> Tensor:
         """The weight on its levels, in its own shape; gradients go through."""
@@ -112,9 +122,8 @@ class Quantised(nn.Module):
         if _exporting():
             rounded = _on_levels(rows, self.weight_scale[:, None], zero[:, None], -most, most)
         else:
-            rounded = torch.fake_quantize_per_channel_affine(
-                rows, self.weight_scale, zero, 0, -most, most
-            )
+            scales = self.scales()
+            rounded = torch.fake_quantize_per_channel_affine(rows, scales, zero, 0, -most, most)
         if self.block:
             outputs, inputs = self.weight.flatten(1).shape
             rounded = rounded.reshape(outputs, -1)[:, :inputs]
@@ -188,6 +197,8 @@ def unquantised(layer: Quantised) -> nn.Module:
     """The plain layer that a quantised one was made from, with its parameters as they are now."""
     kind = next(plain for plain, made in _KINDS.items() if isinstance(layer, made))
     plain = _shared(layer, kind)
+    for name in ("bits", "block", "_fitted"):
+        plain.__dict__.pop(name, None)
     plain._buffers.pop("weight_scale", None)
     plain._modules.pop("input_quantiser", None)
     return plain

@@ -13,6 +13,7 @@ from torch import nn
 
 from espalier import train
 from espalier.compress import repair
+from espalier.compress.ranges import calibrate
 from espalier.flows.finals import Entry, whole_entry
 from espalier.flows.shrinking import Shrinking
 from espalier.flows.weights import derive, save_weights, trained_network, weights_path
@@ -105,6 +106,7 @@ class _Repair:
 
     def statistics(self, network: nn.Module) -> None:
         repair.recalibrate(network, self.job.task, 4)
+        calibrate(network, calibration(self.job.task, 1, _EXAMPLES, self.job.seed)[0])
 
     def least_squares(self, network: nn.Module) -> dict[str, Any]:
         """The original's outputs, layer by layer, on examples of train."""
@@ -116,6 +118,7 @@ class _Repair:
             seed=self.job.seed,
             progress=self.job.show.step,
         )
+        calibrate(network, example)  # quantised tensors have other ranges now
         return {"output": done["output"], "skipped": done["skipped"]}
 
     def fine_tune(self, network: nn.Module) -> dict[str, Any]:
