@@ -18,6 +18,8 @@ from espalier.costs.table import Table
 
 Array = NDArray[np.float64]
 Codes = NDArray[Any]
+_CERTAIN = 0.005  # relative deviations below are squared, as by least squares
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -51,7 +53,6 @@ class Calibration:
         chosen = self._stratified(met)
         total = len(chosen) + self._fit + self._held
         times = self._measure_pieces(chosen, total)
-        empty = self._watch.empty_ms
         work = np.array([met[key].work for key in times])
         filler, tried = "", dict[str, float]()
         if len(times) < len(met):
@@ -60,6 +61,12 @@ class Calibration:
         fit_rows, held_rows = self._networks(rows, sums)
         fit_ms = self._measure_networks(fit_rows, len(chosen), total)
         held_ms = self._measure_networks(held_rows, len(chosen) + len(fit_rows), total)
+        empty = self._watch.empty_ms
+        # all was timed at one pace: now it is turned into the best one met
+        best = 1 / self._watch.pace.best
+        times = {key: ms * best for key, ms in times.items()}
+        sums = Sums(self._pieces, times, {k: met[k].work for k in times}, filler)
+        fit_ms, held_ms, empty = fit_ms * best, held_ms * best, empty * best
         overhead, scale = _line(sums(fit_rows), fit_ms)
         error = self._error(held_rows, overhead + scale * sums(held_rows), held_ms)
         error |= {"overhead_ms": overhead, "scale": scale, "empty_ms": empty}
@@ -161,17 +168,23 @@ class Calibration:
             "busy": bool(reason),
             "reason": reason,
             "repeated": self._watch.repeated,
+            "corrected": self._watch.pace.corrected,
         }
 
 
 def _line(sums: Array, measured: Array) -> tuple[float, float]:
-    """Overhead (0 or more) and scale that fit best, in relative least squares."""
+    """Overhead (0 or more) and scale that fit best: least relative deviations, so that a network
+    whose timing was disturbed does not bend the line."""
     from scipy.optimize import nnls
 
     if np.ptp(sums) <= 1e-9 * max(float(np.max(sums)), 1e-12):  # one point: no slope to be seen
         return max(float(np.median(measured - sums)), 0.0), 1.0
     columns = np.column_stack([np.ones(len(sums)), sums]) / measured[:, None]
-    overhead, scale = nnls(columns, np.ones(len(sums)))[0]
+    weights = np.ones(len(sums))
+    for _ in range(30):  # deviations as squares, weighted anew until nothing changes
+        found = nnls(columns * weights[:, None], weights)[0]
+        weights = 1 / np.sqrt(np.maximum(np.abs(columns @ found - 1), _CERTAIN))
+    overhead, scale = found
     return float(overhead), float(scale)
 
 

@@ -21,6 +21,7 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from espalier.costs.pace import Pace
 from espalier.costs.runtime import OnnxRuntime
 from espalier.export import deployed, to_onnx
 from espalier.export.quantisers import Quantised, Quantiser, quantised
@@ -34,10 +35,14 @@ _Key = tuple[tuple[int, ...], bool]  # a shape, and whether it is of integers
 
 
 class Stopwatch:
-    """Times modules on a runtime; `repeated` counts those that had to be timed again."""
+    """Times modules on a runtime, all at one pace (see `costs.pace`).
+
+    `repeated` counts those that had to be timed again.
+    """
 
     def __init__(self, runtime: OnnxRuntime) -> None:
         self._runtime = runtime
+        self.pace = Pace(runtime)
         self._befores: dict[_Key, tuple[bytes, deque[float]]] = {}
         self._turns: dict[_Key, float] = {}
         self.repeated = 0
@@ -71,8 +76,8 @@ class Stopwatch:
         return self._before(nn.Identity(), torch.zeros(1, 1))
 
     def _before(self, module: nn.Module, x: Tensor, whole: bool = False) -> float:
-        """Timed again beside every piece, so that a machine that changes its pace is followed;
-        the middle of the last three, so that one disturbance does no harm."""
+        """Timed again beside every piece; the middle of the last three, so that one disturbance
+        does no harm."""
         key = (tuple(x.shape), whole)
         if key not in self._befores:
             self._befores[key] = to_onnx(module, x, fast=True), deque(maxlen=3)
@@ -98,10 +103,10 @@ class Stopwatch:
         return self._turns[key]
 
     def _time(self, model: bytes, x: Tensor, least: float = 0.0) -> float:
-        timing = self._runtime.quick(model, x, least_seconds=least)
+        timing = self.pace.quick(model, x, least)
         if timing.spread > _UNSURE:
             self.repeated += 1
-            again = self._runtime.quick(model, x, least_seconds=max(least, 0.02))
+            again = self.pace.quick(model, x, max(least, 0.02))
             timing = min(timing, again, key=lambda t: t.spread)
         return timing.median_ms
 
