@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from espalier.compress.widths import Widths
 from espalier.costs import count
 from espalier.errors import BudgetError, EspalierError, SpaceError
 from espalier.recipes._small_cnn import SmallCNN
+from espalier.solvers.allocate import totals
 from espalier.solvers.prune import (
     BinaryUnits,
     Budget,
@@ -33,11 +35,14 @@ from espalier.solvers.prune import (
     sparse_budget,
 )
 from espalier.solvers.prune.budget import hat
+from espalier.solvers.prune.counted import count_factors
 from espalier.solvers.prune.methods import SETTINGS
+from espalier.solvers.prune.nested import nested
 from espalier.solvers.prune.soft import log_odds
 from espalier.solvers.relax import Moment, Settings
 from espalier.solvers.relax.expected import Expected
 from espalier.space import Space, ordinal
+from espalier.train import Recipe
 
 FAST: Settings = replace(SETTINGS, epochs=2, batch=32, augment=False, precision="fp32")
 TRAIN = Moment("architecture", 0, 0.5, torch.Generator().manual_seed(0))
@@ -130,6 +135,20 @@ def test_costs_are_those_of_the_network():
         assert budget.costs(shares) == pytest.approx([built.macs, built.params])
     whole = count(family().model, family().example()).macs
     assert [one.most for one in budget.capped] == [whole / 2, 1500]
+
+
+def test_many_widths_are_counted_from_few():
+    """Priced at three widths of each group; the whole is not priced by all combinations."""
+    torch.manual_seed(0)
+    wide = SmallCNN(task().shape, task().classes, (12, 14))
+    cuts = (Widths(multiple=1, steps=100),)
+    many = Pretrained(wide, torch.zeros(2, *task().shape), cuts)
+    assert max(d.count for d in many.space.decisions) == 13
+    codes = many.space.sample(5, np.random.default_rng(0))
+    for metric in ("macs", "params", "bytes"):
+        found = totals(many.space, count_factors(many, metric), codes)
+        built = [count(many.build(c), many.example()) for c in many.space.decode(codes)]
+        assert found.tolist() == pytest.approx([getattr(b, metric) for b in built])
 
 
 @pytest.mark.parametrize(
@@ -309,6 +328,39 @@ def test_single_weights_are_pruned_to_a_share():
     assert 0.19 * whole < kept <= 0.2 * whole
     with pytest.raises(BudgetError, match="share of weights"):
         sparse_budget(weight_gates(model), 1.5)
+
+
+# --- nested levels -----------------------------------------------------------------------------
+
+
+def test_levels_are_inside_one_another():
+    recipe = Recipe(epochs=1, batch=32, lr=0.02, augment=False, precision="fp32")
+    within = [{"macs": "70%"}, {"macs": "40%"}]
+    net = nested(family(), task(), within, recipe)
+    assert net.candidates[0] == family().original
+    x = torch.randn(4, *task().shape)
+    sizes, open_ = [], []
+    for level in range(3):
+        net.run(level)
+        network = net.eval().network(level)
+        assert torch.allclose(net(x), network(x), atol=1e-4)
+        sizes.append(count(network, family().example()).macs)
+        kept = {n: net.gated.kept(n, net.candidates[level][n]) for n in net.gated.mixable}
+        open_.append(net.gated.hard(kept))
+    assert sizes[1] <= 0.7 * sizes[0]
+    assert sizes[2] <= 0.4 * sizes[0]
+    for outer, inner in pairwise(open_):
+        assert all((inner[n] <= outer[n]).all() for n in inner)
+    norms = [m for m in family().model.modules() if isinstance(m, nn.BatchNorm2d)]
+    extra = sum(4 * 4 * m.num_features + 4 for m in norms)  # four vectors and a counter
+    whole = sum(4 * t.numel() for t in family().model.state_dict().values())
+    scores = 4 * sum(net.gated.units.values())
+    assert net.bytes() == {"all": whole + 2 * extra + scores, "one": whole}
+
+
+def test_levels_get_tighter():
+    with pytest.raises(BudgetError, match="get tighter"):
+        nested(family(), task(), [{"macs": "40%"}, {"macs": "60%"}], Recipe(epochs=1))
 
 
 # --- N:M in both directions --------------------------------------------------------------------

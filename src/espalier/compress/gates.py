@@ -12,7 +12,7 @@ relaxations, rules, terms and checkpoints of `solvers.relax` work on it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,8 @@ class Gated(nn.Module):
     ascending order, the last one all of them. `places`: by decision, the weights that its mask
     multiplies. `scales`: by decision, the weights of norms with the unit of each of their entries.
     `family`: what cuts the model, where masks are of what can be cut; see `unit_gates`, `weight_gates`.
+    `fold`: turns the masked model into the one that the family cuts, where that is another (branches
+    that are merged into one layer).
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class Gated(nn.Module):
         places: Mapping[str, Sequence[Place]],
         scales: Mapping[str, Sequence[Place]] | None = None,
         family: Pretrained | None = None,
+        fold: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).train()
-        self.space, self.family = space, family
+        self.space, self.family, self.fold = space, family, fold
         self.counts = {name: tuple(found) for name, found in counts.items()}
         self.units = {name: found[-1] for name, found in self.counts.items()}
         self.mixable = tuple(name for name in space.names if places.get(name))
@@ -94,12 +97,14 @@ class Gated(nn.Module):
     def trained(self) -> Pretrained:
         """The family that cuts the model as it is now, in the order of the present scores.
 
-        Errors: `EspalierError` for masks on single weights, which no family cuts out.
+        Where the model is folded, that is for the present masks only. Errors: `EspalierError` for masks
+        on single weights, which no family cuts out.
         """
         if self.family is None:
             raise EspalierError("these masks are on single weights: there is nothing to cut out")
         twin = copy.copy(self.family)
-        twin.model = copy.deepcopy(self.model).cpu().eval().requires_grad_(True)
+        model = copy.deepcopy(self.model) if self.fold is None else self.fold(self.baked())
+        twin.model = model.cpu().eval()
         named = {n.partition(":")[2]: score.detach().cpu() for n, score in self.scores.items()}
         return twin.with_scores(named)
 
@@ -107,14 +112,18 @@ class Gated(nn.Module):
         """The active candidate as a plain network: units cut out, or weights set to 0."""
         if self.active is None:
             raise EspalierError("no candidate is active: call activate with one")
-        if self.family is not None:
-            return self.trained().build(self.active)
+        return self.baked() if self.family is None else self.trained().build(self.active)
+
+    def baked(self) -> nn.Module:
+        """A copy of the model whose weights hold the present masks, nothing cut out."""
         network = copy.deepcopy(self.model)
         own = dict(network.named_parameters())
         with torch.no_grad():
             for parameter, masks in self._by_weight.items():
                 for name, index in masks:
-                    own[parameter].copy_(masked_weight(own[parameter], self._masks[name], index))
+                    if name in self._masks:
+                        masked = masked_weight(own[parameter], self._masks[name], index)
+                        own[parameter].copy_(masked)
         return network.eval()
 
     def forward(self, *inputs: Tensor) -> Any:

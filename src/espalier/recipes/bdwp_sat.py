@@ -156,8 +156,8 @@ def checked(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 RECIPE = Recipe(
     name="bdwp-sat",
     title="BDWP: N:M sparse weights in both directions of training",
-    source="Fang, Ma, Zhu, Chen, Qin & Wang, Efficient N:M Sparse DNN Training Using Algorithm, "
-    "Architecture, and Dataflow Co-Design (SAT), IEEE TCAD 2023, https://arxiv.org/abs/2309.13015",
+    source="Fang, Sun, Zhou & Wang, Efficient N:M Sparse DNN Training Using Algorithm, "
+    "Architecture, and Dataflow Co-Design (SAT, 2023), https://arxiv.org/abs/2309.13015",
     parts=(
         "network: a small residual CNN; its stem and its classifier stay dense",
         "pattern: of every 8 weights along the inputs the 2 largest run forward, of every 8 along the "

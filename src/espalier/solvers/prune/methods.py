@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
+from espalier.compress.gates import Gated
 from espalier.compress.gating import unit_gates, weight_gates
 from espalier.costs.cost import CodeCost
 from espalier.problem import Limit, Limits
@@ -23,12 +23,14 @@ from espalier.solvers.prune.terms import Consensus, Original
 from espalier.solvers.prune.topk import TopUnits
 from espalier.solvers.relax import ExpectedCost, FirstOrder, Settings, Term
 from espalier.tasks import Task
-from espalier.train.loop import Progress
+from espalier.train.loop import Progress, steps_of
 
 if TYPE_CHECKING:
     from espalier.compress.pretrained import Pretrained
 
 Within = Limits | Iterable[Limit]
+
+_TRAVEL, _FASTEST = 4.0, 0.1  # of gates that go from 1 to 0: in all, in a step
 
 # a trained model learns on: slower than from the start, and its architecture faster than DARTS's
 SETTINGS = Settings(
@@ -37,7 +39,7 @@ SETTINGS = Settings(
 
 
 def dsa(
-    family: Pretrained,
+    family: Pretrained | Gated,
     task: Task,
     within: Within,
     *,
@@ -53,11 +55,12 @@ def dsa(
 
     Ratios begin at the nearest ones to the whole model within the limits, and move by the loss of a
     part of train, drawn to the limits by ADMM with `pull`. `distil`: the original's share in the
-    loss. `within`, `priced`: as of `budgeted`. Also from fresh weights, as both learn at once.
+    loss. `within`, `priced`: as of `budgeted`. Also from fresh weights, as both learn at once. A model
+    gated by hand is taken as it is, and trained in place.
     Source: Ning et al., DSA: More Efficient Budgeted Pruning via Differentiable Sparsity Allocation,
     ECCV 2020. Errors: `BudgetError`, and as of `relax`.
     """
-    gated = unit_gates(family)
+    gated = _gated(family)
     budget = budgeted(gated, within, priced)
     begin = budget.project(np.ones(len(budget.names)))
     return prune(
@@ -66,7 +69,7 @@ def dsa(
         budget,
         SoftThreshold(dict(zip(budget.names, begin.tolist(), strict=True))),
         rule=FirstOrder(),
-        terms=[Consensus(budget, pull), *_taught(family, distil)],
+        terms=[Consensus(budget, pull), *_taught(gated, distil)],
         settings=settings,
         seed=seed,
         checkpoint=checkpoint,
@@ -75,12 +78,12 @@ def dsa(
 
 
 def pas(
-    family: Pretrained,
+    family: Pretrained | Gated,
     task: Task,
     within: Within,
     *,
     priced: Sequence[CodeCost] = (),
-    rate: float = 0.01,
+    rate: float | None = None,
     pressure: float = 10.0,
     distil: float = 0.0,
     settings: Settings = SETTINGS,
@@ -91,12 +94,15 @@ def pas(
     """Pruning as search: a binary gate a unit, learned with the weights on the same batches.
 
     Gates do not look at magnitudes: they begin open and close where the loss resists least to
-    `pressure` (cost / limit - 1)^2, and may open again. `rate`: how far gates move in a step, on
-    average. Source: Li et al., Pruning-as-Search: Efficient Neural Architecture Search via Channel
+    `pressure` (cost / limit - 1)^2, and may open again. `rate`: how far gates move in a step at
+    first, on average; by default such that one could go from open to closed four times. Source: Li et al., Pruning-as-Search: Efficient Neural Architecture Search via Channel
     Pruning and Structural Reparameterization, IJCAI 2022. Errors: as of `dsa`.
     """
-    gated = unit_gates(family)
+    gated = _gated(family)
     budget = budgeted(gated, within, priced)
+    steps = settings.epochs * steps_of(task, settings.batch)
+    if rate is None:
+        rate = min(_FASTEST, _TRAVEL / steps)
     costs = [
         ExpectedCost(one.cost, one.most, "square", pressure, name=one.name) for one in budget.capped
     ]
@@ -106,7 +112,7 @@ def pas(
         budget,
         BinaryUnits(),
         rule=Descent(rate, joint=True),
-        terms=[*costs, *_taught(family, distil)],
+        terms=[*costs, *_taught(gated, distil)],
         settings=settings,
         seed=seed,
         checkpoint=checkpoint,
@@ -115,7 +121,7 @@ def pas(
 
 
 def bip(
-    family: Pretrained | nn.Module,
+    family: Pretrained | Gated | nn.Module,
     task: Task,
     within: Within | float,
     *,
@@ -135,14 +141,14 @@ def bip(
     Source: Zhang et al., Advancing Model Pruning via Bi-level Optimization, NeurIPS 2022.
     Errors: as of `dsa`.
     """
-    if isinstance(family, nn.Module):
+    if isinstance(family, nn.Module) and not isinstance(family, Gated):
         assert isinstance(within, float)
         gated = weight_gates(family, layers)
         budget = sparse_budget(gated, within)
         gates = TopUnits(budget, curvature, even=False)
     else:
         assert not isinstance(within, float)
-        gated = unit_gates(family)
+        gated = _gated(family)
         budget = budgeted(gated, within, priced)
         gates = TopUnits(budget, curvature, every=4)
     return prune(
@@ -151,12 +157,16 @@ def bip(
         budget,
         gates,
         rule=Descent(rate),
-        settings=replace(settings),
+        settings=settings,
         seed=seed,
         checkpoint=checkpoint,
         progress=progress,
     )
 
 
-def _taught(family: Pretrained, share: float) -> list[Term]:
-    return [Original(copy.deepcopy(family.model), share)] if share else []
+def _gated(family: Pretrained | Gated) -> Gated:
+    return family if isinstance(family, Gated) else unit_gates(family)
+
+
+def _taught(gated: Gated, share: float) -> list[Term]:
+    return [Original(copy.deepcopy(gated.model), share)] if share else []

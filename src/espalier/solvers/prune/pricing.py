@@ -15,6 +15,7 @@ from espalier.problem import Limit, Limits, limits
 from espalier.solvers.allocate import Factor
 from espalier.solvers.allocate.pricing import cost_factors
 from espalier.solvers.prune.budget import Budget, Capped
+from espalier.solvers.prune.counted import count_factors
 from espalier.solvers.relax.expected import Expected
 
 if TYPE_CHECKING:
@@ -45,7 +46,13 @@ def budgeted(
         if owner is None:
             known = sorted({m.name for c in costs for m in c.metrics})
             raise BudgetError(f"no cost gives {limit.metric!r}; there are {', '.join(known)}")
-        cost = summed(gated, cost_factors(family, limit.metric, owner))
+        counted = isinstance(owner, Counts)
+        factors = (
+            count_factors(family, limit.metric)
+            if counted
+            else cost_factors(family, limit.metric, owner)
+        )
+        cost = summed(gated, factors)
         whole = float(cost.at({name: gated.space[name].options[-1] for name in gated.mixable}))
         capped.append(Capped(limit.metric, cost, limit.resolve(whole).bound))
     return Budget(gated, capped)

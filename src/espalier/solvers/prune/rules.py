@@ -17,7 +17,7 @@ class Descent(Rule):
     """Scores go down their gradient by `rate` on average (root mean square over all of them).
 
     Adam would move every score alike, however little the loss hangs on it; here the few that matter
-    move and the order of the others stays. With `joint` weights and scores learn from one batch, else
+    move and the order of the others stays. The rate falls as the weights' does. With `joint` weights and scores learn from one batch, else
     scores from data of their own, before the weights (first-order bi-level steps).
     """
 
@@ -53,7 +53,9 @@ class Descent(Rule):
             steps = [p.grad for p in scores if p.grad is not None]
             square = sum(float((g**2).sum()) for g in steps)
             size = (square / max(1, sum(g.numel() for g in steps))) ** 0.5
+            peak = float(problem.optimiser.defaults["lr"])
+            falling = float(problem.optimiser.param_groups[0]["lr"]) / peak
             for score, step in zip(scores, steps, strict=True):
-                score.sub_(step, alpha=self.rate / max(size, 1e-20))
+                score.sub_(step, alpha=falling * self.rate / max(size, 1e-20))
                 score.grad = None
         problem.descend("architecture")  # no gradient is left: only the relaxation's own hook
