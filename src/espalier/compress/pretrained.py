@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.cut import BoundCut, Cut, Ignored
+from espalier.compress.matched import matched
 from espalier.compress.units import Unit, Units
 from espalier.errors import EspalierError
 from espalier.export import deployed
@@ -54,7 +55,7 @@ class Pretrained(Family):
 
     def _bound(self, cut: Cut) -> BoundCut:
         # a cut that looks at data has the setting `calibration`; what it was given itself stays
-        names = [f.name for f in fields(cut)] if is_dataclass(cut) else []
+        names: list[str] = [f.name for f in fields(cut)] if is_dataclass(cut) else []
         if self.calibration is not None and "calibration" in names:
             given: Any = cut
             if given.calibration is None:
@@ -66,9 +67,17 @@ class Pretrained(Family):
         decisions = [d for cut in self.cuts for d in cut.decisions]
         if not decisions:
             raise EspalierError(_nothing(self.name, self.ignored))
-        self._space = Space(_conditioned(decisions, self.cuts))
+        self._space = Space(_conditioned(decisions, self.cuts), matched(self.cuts, self._runs))
         self._units: Units | None = None
         self.original: Candidate = self._space.decode(self._space.corner(True))[0]
+
+    def _runs(self, choices: Mapping[str, Option]) -> bool:
+        try:
+            with deployed(network := self._cut(choices)):
+                network(self._example)
+        except Exception:  # whatever shapes that do not fit lead to
+            return False
+        return True
 
     @property
     def space(self) -> Space:
