@@ -19,7 +19,7 @@ from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 from espalier.flows import fitting, repairing
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
-from espalier.problem import Limit, Reading
+from espalier.problem import Limit, Reading, SearchBudget
 from shrink_toys import Small, task, trained
 
 pytest.importorskip("ortools")
@@ -252,6 +252,9 @@ def fake_job(factor: float, noise: dict[int, float] | None = None) -> Any:
         study=SimpleNamespace(once=lambda key, compute: {}),
         runtime=SimpleNamespace(name="a clock"),
         rounds=[],
+        slower={},
+        budget=SearchBudget(),
+        left=lambda: None,
         show=Silent(),
         keeps=lambda readings: readings[LATENCY].value <= 50,
     )

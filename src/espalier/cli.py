@@ -317,7 +317,7 @@ def _takes_nothing(made: Any) -> bool:
     return not inspect.signature(made).parameters
 
 
-def _print_found(result: dict[str, Any], page: Path, name: str = "found (best)") -> None:
+def _print_found(result: dict[str, Any], page: Path, best: str = "found (best)") -> None:
     from rich.table import Table
 
     console = Console()
@@ -328,7 +328,7 @@ def _print_found(result: dict[str, Any], page: Path, name: str = "found (best)")
     table.add_column("network", no_wrap=True)
     for name in shown:
         table.add_column(f"test {name}" if name == quality else name, justify="right")
-    rows = [{**result["best"], "name": name}]
+    rows = [{**result["best"], "name": best}]
     rows += [
         {**e, "name": "found (cheaper)"} for e in result["front"] if e["id"] != result["best"]["id"]
     ]

@@ -16,6 +16,7 @@ from espalier.space import Candidate
 # repaired weights are measured again, noise allowed; nearer than `_CLOSE` is not worth a round.
 _AIM, _CLOSE = 0.985, 0.965
 _ROUNDS = 6  # candidates measured
+_HURRIED, _REPAIR = 3, 0.4  # rounds where less than this share of the time is left for repair
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
 _LOOKS = 3  # on a busy machine the middle of this many measurements counts
@@ -66,13 +67,20 @@ class _Fitting:
             else:
                 self.broken = min(self.broken, bound)
             rounds = len(self.times)
-            if rounds >= _ROUNDS and (self.kept or rounds >= _ROUNDS + _LAST_ROUNDS):
+            enough = _HURRIED if self.hurried() else _ROUNDS
+            if rounds >= enough and (self.kept or rounds >= _ROUNDS + _LAST_ROUNDS):
                 break
             following = self.next(bound, time, new)
             if abs(following - bound) < 0.003 * bound:
                 break
             bound = following
         return self.kept[1] if self.kept else cheapest(job, self.name, self.wanted)
+
+    def hurried(self) -> bool:
+        """Whether repair has too little time left to spend more on a closer fit."""
+        left = self.job.left()
+        whole = self.job.budget.seconds
+        return left is not None and whole is not None and left < _REPAIR * whole
 
     def answer(self, bound: float) -> Candidate | None:
         limits = [replace(x, bound=bound) if x is self.limit else x for x in self.job.limits]
@@ -95,7 +103,8 @@ class _Fitting:
 
     def measured(self, candidate: Candidate, bound: float) -> float:
         if candidate not in self.times:
-            time = measured(self.job, candidate)
+            # what was found over the limit after its repair is not chosen again
+            time = max(measured(self.job, candidate), self.job.slower.get(candidate, 0.0))
             self.times[candidate] = time
             _note(self.job, self.name, candidate, bound, time, self.wanted)
         return self.times[candidate]

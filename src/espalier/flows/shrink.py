@@ -152,6 +152,8 @@ def _run(job: Shrinking, solver: str, baselines: bool, began: float) -> Shrunk:
             if job.keeps(entries[_ANSWER].metrics):
                 break
             job.show.note("the repaired network is over the limit: choosing a smaller one")
+            over = entries[_ANSWER]
+            job.slower[over.candidate] = over.metrics["latency_ms"].value
             again = fitted(job, _ANSWER, solve, tighter)
             entries |= repair_all(job, {_ANSWER: again})
     return Shrunk.settle(job, entries, (name, why), time.time() - began)

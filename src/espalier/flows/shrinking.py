@@ -51,6 +51,7 @@ class Shrinking(Measuring):
     paid: Mapping[str, Any] = field(default_factory=dict)
     estimates: dict[Candidate, Reading] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    slower: dict[Candidate, float] = field(default_factory=dict)
     pricing: Pricing = field(init=False)
     predicted: PredictedLatency | None = None
     seconds_each: float = 0.3
