@@ -102,7 +102,7 @@ def original_of(name: str, task: Task, seconds: float, folder: Path) -> tuple[nn
     found = finetune(network, None, task, recipe, seconds=seconds, patience=10_000)
     row = {k: found[k] for k in ("before", "after", "best_epoch", "seconds", "stopped")}
     row["epochs"] = len(found["history"])
-    save_file(network.state_dict(), weights)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, weights)
     about.write_text(json.dumps(row))
     return network.eval(), row
 

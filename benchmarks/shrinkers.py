@@ -31,7 +31,6 @@ from espalier.tasks import Task
 from espalier.train import recalibrate
 from peers.environments import process
 
-STEP = 0.96  # of the amount, from one network to the next
 LEAST = 0.01  # amount below which nothing is asked for
 SLACK = 1.01  # over the limit that still keeps it: the noise of a ratio
 EXAMPLES = 512  # of the reconstruction
@@ -72,6 +71,8 @@ class Cut:
 class Method(ABC):
     """A way to shrink: networks of falling amounts."""
 
+    step = 0.96  # of the amount, from one network to the next
+
     def __init__(self, job: Job) -> None:
         self.job = job
 
@@ -82,7 +83,7 @@ class Method(ABC):
     def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
         """For each share the first network that keeps it; None where none does."""
         found: dict[float, Cut | None] = dict.fromkeys(sorted(shares, reverse=True))
-        start, amount = time.perf_counter(), STEP
+        start, amount = time.perf_counter(), self.step
         while amount > LEAST and any(cut is None for cut in found.values()):
             network = self.at(amount)
             ratio = self.job.ratio(network)
@@ -93,7 +94,7 @@ class Method(ABC):
                     if ratio <= share * SLACK:
                         spent = time.perf_counter() - start
                         found[share] = Cut(network, ratio, spent, amount)
-            amount *= STEP
+            amount *= self.step
         return found
 
 
@@ -147,7 +148,7 @@ def begin(job: Job) -> dict[str, Any]:
     """The first message to a peer: the original and some data as files."""
     weights, data = job.folder / f"{job.name}.npz", job.folder / f"data-{job.name}-{job.seed}.npz"
     np.savez(weights, **{k: v.numpy() for k, v in job.original.state_dict().items()})
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, count in (("train", 2048), ("validation", 1024)):
         order = torch.Generator().manual_seed(job.seed)
         x, y = next(iter(job.task.batches(split, count, order)))  # type: ignore[arg-type]
@@ -206,7 +207,8 @@ class Espalier:
 
     def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
         """A cut for each share."""
-        job, found, first = self.job, {}, None
+        job, first = self.job, None
+        found: dict[float, Cut | None] = {}
         for share in sorted(shares, reverse=True):
             start = time.perf_counter()
             out = job.folder / "-".join(["shrink", job.name, str(job.seed), f"{share:g}", str(time.time_ns())])  # fmt: skip

@@ -17,7 +17,7 @@ from torch import nn
 
 _MULTIPLE = 4
 _SCORED = 512  # images of validation that a score is taken on
-_BATCH, _BATCHES = 128, 4
+_BATCH, _BATCHES = 32, 50  # it keeps 50 batches for its batch norms, or warns
 
 
 class FastNAS(Pruning):
