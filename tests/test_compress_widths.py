@@ -152,3 +152,115 @@ CNNS = {
 def test_cnns_compute_what_the_original_does_without_the_channels(make: type[nn.Module]) -> None:
     bound = check(seeded(make), torch.randn(2, 3, 8, 8))
     assert {n: g.units for n, g in bound.groups.items()} == CNNS[make]
+
+
+class SelfAttention(nn.Module):
+    """As in timm: one layer for queries, keys and values; the width of the input in a reshape."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(self.head_dim)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, n, c = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = (self.q_norm(q) * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores + mask
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class GroupedQueries(nn.Module):
+    """Four heads of queries on two of keys and values, with rotary embedding."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
+        angles = torch.arange(4.0)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def rotated(self, x: Tensor) -> Tensor:
+        a, b = x[..., :2], x[..., 2:]
+        return x * self.cos + torch.cat([-b, a], -1) * self.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.rotated(self.q(x).view(b, n, self.heads, 4).transpose(1, 2))
+        k, v = self.kv(x).view(b, n, 2, -1, 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, self.rotated(k), v, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """Patches, a class token, positions, attention, a gated feed-forward layer."""
+
+    def __init__(self, attention: type[nn.Module], width: int = 16) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.cls = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 4, width))
+        self.attention = attention(width, 4)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 48)
+        self.down = nn.Linear(24, width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)[:, :3]
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.position
+        x = x + self.attention(self.norm(x))
+        gate, y = self.up(self.norm(x)).chunk(2, -1)
+        return self.head((x + self.down(F.silu(gate) * y))[:, 0])
+
+
+HEADS = {SelfAttention: ("attention.qkv", 4), GroupedQueries: ("attention.q", 2)}
+
+
+@pytest.mark.parametrize("attention", HEADS, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_heads_go_whole_and_with_their_keys_and_values(attention: type[nn.Module]) -> None:
+    name, units = HEADS[attention]
+    model = seeded(Transformer, attention)
+    bound = check(model, torch.randn(3, 3, 8, 8))
+    assert {n: g.units for n, g in bound.groups.items()} == {"patch": 16, name: units, "up": 24}
+    assert bound.groups[name].heads
+    assert bound.groups["patch"].averaged  # a layer norm is over these
+    small = copy.deepcopy(model)
+    bound.apply(small, {d.name: d.options[0] for d in bound.decisions})
+    assert small(torch.randn(5, 3, 8, 8)).shape == (5, 10)  # any batch
+    assert Widths(heads=False).bind(model, torch.randn(1, 3, 8, 8)).groups.keys() == {"patch", "up"}
+
+
+@torch.no_grad()
+def test_torchs_attention_gets_heads_of_its_own_number() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3)).eval()
+    x, mask = torch.randn(2, 6, 5), torch.rand(6, 6) < 0.3
+    mask.fill_diagonal_(False)
+    bound = check(model, x)
+    assert {n: g.units for n, g in bound.groups.items()} == {
+        "0": 16,
+        "1.self_attn": 4,
+        "1.linear1": 32,
+    }
+    small = copy.deepcopy(model)
+    choices = {"width:1.self_attn": 1}
+    bound.apply(small, choices)
+    want = silenced(model, bound.groups, bound.kept(choices))
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    h = model[0](x)
+    torch.testing.assert_close(
+        small[1](h, mask, padding), want[1].train()(h, mask, padding), rtol=1e-4, atol=1e-5
+    )
+    made, weights = small[1].self_attn(h, h, h, attn_mask=mask, average_attn_weights=False)
+    assert made.shape == (2, 6, 16)
+    assert weights.shape == (2, 1, 6, 6)

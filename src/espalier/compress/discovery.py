@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,21 +12,24 @@ from torch import Tensor, fx, nn
 
 from espalier.compress.cut import Ignored
 from espalier.compress.groups import Group, grouped
-from espalier.compress.labelling import evaluated, followed, outputs
+from espalier.compress.labelling import Trace, evaluated, followed, outputs
 from espalier.compress.labels import thin
 from espalier.compress.proof import close, proven
-from espalier.compress.sizes import swap, traced
+from espalier.compress.sizes import SizeRead, resize, swap, traced
+
+Written = tuple[tuple[SizeRead, int], ...]  # sizes in a graph, and their numbers before any cut
 
 
 @dataclass(frozen=True)
 class Found:
     """Groups that can be cut; the layers left alone; the groups in the shape of each leaf layer's
-    inputs and outputs; and the modules to be traced into graphs before they are cut."""
+    inputs and outputs; and the modules to be
+    traced into graphs before they are cut, with the sizes to be written into those."""
 
     groups: Mapping[str, Group]
     ignored: tuple[Ignored, ...]
     ends: Mapping[str, tuple[str, ...]]
-    traced: tuple[str, ...] = ()
+    traced: Mapping[str, Written] = field(default_factory=dict)
 
 
 def discover(model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]) -> Found:
@@ -42,18 +45,21 @@ def discover(model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]
     twin, changed = _traced(model, example, paths)
     if not changed:
         return found
-    second, _ = _look(twin, example, unwanted)
-    if len(second.groups) <= len(found.groups):
-        return found
-    used = {s.path for g in second.groups.values() for s in g.sizes}
-    needed = tuple(p for p in changed if p in used)
-    return Found(second.groups, second.ignored, second.ends, needed)
+    second, _ = _look(twin, example, unwanted, changed)
+    return second if len(second.groups) > len(found.groups) else found
 
 
 def _look(
-    model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]
+    model: nn.Module,
+    example: Tensor,
+    unwanted: Callable[[Group], str],
+    graphs: Iterable[str] = (),
 ) -> tuple[Found, list[Group]]:
+    """The groups; and those that failed. In `graphs` sizes of channels are written as numbers."""
     trace = followed(model, example)
+    written = {path: _written(trace, path) for path in graphs}
+    for path, sizes in written.items():
+        resize(model.get_submodule(path), sizes)  # type: ignore[arg-type]
     found, of, ignored = grouped(trace)
     reasons = {g.name: unwanted(g) for g in found}
     ignored += [Ignored(name, "width", why) for name, why in reasons.items() if why]
@@ -65,7 +71,12 @@ def _look(
         for path, sides in trace.ends.items()
     }
     names = {i.layer for i in failed}
-    return Found(named, tuple(ignored + failed), ends), [g for g in wanted if g.name in names]
+    made = Found(named, tuple(ignored + failed), ends, written)
+    return made, [g for g in wanted if g.name in names]
+
+
+def _written(trace: Trace, path: str) -> Written:
+    return tuple((read, len(read.labels)) for read in trace.sizes if read.path == path)
 
 
 def _of(fields: Iterable[Tensor], of: Mapping[int, str]) -> Iterable[str]:

@@ -102,10 +102,10 @@ def cut(model: nn.Module, groups: Mapping[str, Group], kept: Kept) -> None:
     for name, units in kept.items():
         for number in groups[name].numbers:
             value = groups[name].scaled(number, len(units))
-            _set(modules[number.path], number.name, value)
+            set_number(modules[number.path], number.name, value)
 
 
-def _set(module: nn.Module, name: str, value: int) -> None:
+def set_number(module: nn.Module, name: str, value: int) -> None:
     """A number on a module, or on its configuration: that becomes the module's own copy."""
     holder, _, last = name.rpartition(".")
     if holder:

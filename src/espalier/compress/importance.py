@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -106,7 +106,7 @@ def _taylor(
 
 
 @contextmanager
-def _calm(model: nn.Module):  # type: ignore[no-untyped-def]
+def _calm(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards each module's mode and each parameter's requires_grad are as before."""
     modes = [(m, m.training) for m in model.modules()]
     wants = [(p, p.requires_grad) for p in model.parameters()]
@@ -124,40 +124,52 @@ def _activation(
     model: nn.Module, groups: Mapping[str, Group], batches: Batches
 ) -> dict[str, Tensor]:
     readers = {
-        name: [m for m in g.members if m.consumed and m.tensor == "weight"]
+        name: [m for m in g.members if m.consumed and m.tensor == "weight" and _reads(model, m)]
         for name, g in groups.items()
     }
+    squares = _input_squares(model, {m.path for ms in readers.values() for m in ms}, batches)
+    found = {}
+    for name, members in readers.items():
+        met = [m for m in members if m.path in squares]
+        total = torch.zeros(groups[name].units)
+        for m in met:
+            weight = _values(model, m).float().abs()
+            shape = [-1 if d == m.dim else 1 for d in range(weight.dim())]
+            total += by_unit(weight * squares[m.path].sqrt().view(shape), m)
+        found[name] = total if met else _plain(model, groups[name], "magnitude")
+    return found
+
+
+def _reads(model: nn.Module, member: Member) -> bool:
+    return isinstance(model.get_submodule(member.path), (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def _input_squares(model: nn.Module, paths: set[str], batches: Batches) -> dict[str, Tensor]:
+    """For each layer the sum of squares of its input by the channel that its weights see."""
     squares: dict[str, Tensor] = {}
 
-    def hook(path: str, dim: int):  # type: ignore[no-untyped-def]
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def remember(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             x = given[0].detach().float()
-            channel = 1 if isinstance(module, nn.modules.conv._ConvNd) else x.dim() - 1
+            conv = isinstance(module, nn.modules.conv._ConvNd)
+            channel = 1 if conv else x.dim() - 1
             total = (x**2).sum([d for d in range(x.dim()) if d != channel])
-            groups_ = getattr(module, "groups", 1)
-            total = total.view(groups_, -1).sum(0)
+            if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+                total = total.view(module.groups, -1).sum(0)
             squares[path] = squares.get(path, torch.zeros_like(total)) + total
 
         return remember
 
-    paths = {(m.path, m.dim) for ms in readers.values() for m in ms}
-    handles = [model.get_submodule(p).register_forward_pre_hook(hook(p, d)) for p, d in paths]
+    handles = [model.get_submodule(p).register_forward_pre_hook(hook(p)) for p in sorted(paths)]
+    count = 0
     try:
         with _calm(model), torch.no_grad():
             for inputs, _ in batches:
                 model(inputs)
+                count += 1
     finally:
         for handle in handles:
             handle.remove()
-    if paths and not squares:
+    if not count:
         raise EspalierError("importance 'activation' needs at least one batch, got none")
-    found = {}
-    for name, members in readers.items():
-        total = torch.zeros(groups[name].units)
-        for m in members:
-            weight = _values(model, m).float().abs()
-            norm = squares[m.path].sqrt().to(weight.device)
-            shape = [-1 if d == m.dim else 1 for d in range(weight.dim())]
-            total += by_unit(weight * norm.view(shape), m)
-        found[name] = total if members else _plain(model, groups[name], "magnitude")
-    return found
+    return squares

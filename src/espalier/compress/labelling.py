@@ -69,6 +69,10 @@ class Labelling(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if tensor is not None and not _whole(tensor):
                         self._owners.setdefault(id(tensor), []).append((path, name))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would load its compiler only to leave this alone: seconds
+
     def get(self, tensor: Any) -> list[Field]:
         """The fields of a tensor; a parameter's are made when it is first met."""
         if not isinstance(tensor, Tensor):

@@ -81,7 +81,7 @@ def value_at(node: fx.Node, place: Place) -> Any:
     return found
 
 
-def resize(graph: fx.GraphModule, wanted: Iterable[tuple[Size, int]]) -> None:
+def resize(graph: fx.GraphModule, wanted: Iterable[tuple[Size | SizeRead, int]]) -> None:
     """Write new sizes into a graph: those found from others' shapes become -1 where one may."""
     nodes = {node.name: node for node in graph.graph.nodes}
     for size, value in sorted(wanted, key=lambda pair: (pair[0].node, pair[0].dim)):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.attention import Attention
 from espalier.compress.cut import BoundCut, Cut, Ignored
-from espalier.compress.discovery import discover
-from espalier.compress.groups import Group, cut, kept_rows
+from espalier.compress.discovery import Written, discover
+from espalier.compress.groups import Group, cut, kept_rows, set_number
 from espalier.compress.importance import KINDS, scores
 from espalier.compress.labelling import evaluated
 from espalier.compress.narrow import narrow
-from espalier.compress.sizes import swap, traced
+from espalier.compress.sizes import resize, swap, traced
 from espalier.errors import EspalierError, unknown
 from espalier.space import Decision, Ordinal
 from espalier.space.options import Option
@@ -105,6 +107,16 @@ def _few(model: nn.Module, example: Tensor) -> Tensor:
     return example[:2]
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def _copied(layer: M) -> M:
+    """A layer with tensors to replace; what it holds is still the original's."""
+    made = copy.copy(layer)
+    made._parameters, made._buffers = dict(layer._parameters), dict(layer._buffers)
+    return made
+
+
 @dataclass(frozen=True)
 class BoundWidths(BoundCut):
     """Widths of one model: `groups`, and in `order` each group's units, most important first."""
@@ -114,7 +126,7 @@ class BoundWidths(BoundCut):
     decisions: tuple[Decision, ...] = ()
     ignored: tuple[Ignored, ...] = ()
     ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    traced: tuple[str, ...] = ()
+    traced: Mapping[str, Written] = field(default_factory=dict)
 
     def with_scores(self, given: Mapping[str, Tensor]) -> BoundWidths:
         """The same groups with their units in another order; groups without scores keep theirs.
@@ -133,10 +145,13 @@ class BoundWidths(BoundCut):
             order[name] = values.detach().cpu().argsort(descending=True, stable=True)
         return replace(self, order=order)
 
-    def kept(self, choices: Mapping[str, Option]) -> dict[str, Tensor]:
-        """The units that stay, ascending, of each group that `choices` cut."""
+    def kept(
+        self, choices: Mapping[str, Option], names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The units that stay, ascending, of each group (or of those named) that `choices` cut."""
         found = {}
-        for name, group in self.groups.items():
+        for name in self.groups if names is None else names:
+            group = self.groups[name]
             count = choices.get(PREFIX + name, group.units)
             if not isinstance(count, int) or not 1 <= count <= group.units:
                 raise EspalierError(f"{PREFIX}{name} keeps 1 to {group.units} units, got {count!r}")
@@ -147,10 +162,12 @@ class BoundWidths(BoundCut):
     def apply(self, model: nn.Module, choices: Mapping[str, Option]) -> None:
         """Cut a deep copy of the bound model in place, to the chosen numbers of units."""
         kept = self.kept(choices)
-        needed = {size.path for name in kept for size in self.groups[name].sizes}
-        for path in self.traced:
-            if path in needed:
-                swap(model, path, traced(model.get_submodule(path)))
+        touched = {path for name in kept for m in self.groups[name].members for path, _ in m.owners}
+        for path, sizes in self.traced.items():
+            if any(p == path or p.startswith(f"{path}.") for p in touched):
+                graph = traced(model.get_submodule(path))
+                resize(graph, sizes)
+                swap(model, path, graph)
         cut(model, self.groups, kept)
 
     def layers(self) -> Mapping[str, tuple[str, ...]]:
@@ -166,10 +183,31 @@ class BoundWidths(BoundCut):
 
     def slice(self, name: str, layer: nn.Module, choices: Mapping[str, Option]) -> nn.Module | None:
         """One layer with the chosen widths; the layer itself where nothing of it is cut."""
-        rows = kept_rows(self.groups, self.kept(choices)).get(name)
-        if not rows:
+        inner = f"{name}.out_proj"
+        attention = isinstance(layer, nn.MultiheadAttention)
+        names = self._cutting.get(name, []) + (self._cutting.get(inner, []) if attention else [])
+        kept = self.kept(choices, dict.fromkeys(names))
+        rows = kept_rows(self.groups, kept)
+        if isinstance(layer, nn.MultiheadAttention) and (name in rows or inner in rows):
+            layer = Attention(layer)
+            layer.out_proj = _copied(layer.out_proj)
+            narrow(layer.out_proj, rows.get(inner, {}))
+        elif name not in rows:
             return layer
-        made = copy.copy(layer)
-        made._parameters, made._buffers = dict(layer._parameters), dict(layer._buffers)
-        narrow(made, rows)
+        made = _copied(layer)
+        narrow(made, rows.get(name, {}))
+        for group in kept:
+            for number in self.groups[group].numbers:
+                if number.path == name:
+                    count = self.groups[group].scaled(number, len(kept[group]))
+                    set_number(made, number.name, count)
         return made
+
+    @cached_property
+    def _cutting(self) -> dict[str, list[str]]:
+        """The groups that cut tensors of a module."""
+        found: dict[str, list[str]] = {}
+        for name, group in self.groups.items():
+            for path in {path for m in group.members for path, _ in m.owners}:
+                found.setdefault(path, []).append(name)
+        return found
