@@ -17,8 +17,10 @@ from espalier.compress import patches
 from espalier.compress.distil import by_label, distance
 from espalier.compress.kept import kept_rows
 from espalier.compress.least_squares import Moments, refit
+from espalier.compress.ranges import calibrate
 from espalier.compress.repair import finetune, recalibrate, reconstruct
 from espalier.errors import EspalierError, StudyError
+from espalier.export.quantisers import quantised
 from espalier.train import Recipe
 
 
@@ -219,6 +221,38 @@ def test_zeros_stay_and_the_rest_makes_up_for_them() -> None:
     assert not (sparse.second.weight[~mask] != 0).any()
     layer = next(r for r in told["layers"] if r["layer"] == "second")
     assert layer["after"] < 0.8 * layer["before"]
+
+
+def test_quantised_layers_are_refitted_and_rounded_anew() -> None:
+    net = made()
+    rows = torch.tensor([0, 2, 5, 6])
+    plain, rounded = cut(net, rows), cut(net, rows)
+    x = inputs()
+    rounded.second = quantised(rounded.second, 3)
+    calibrate(rounded, x)
+    low = copy.deepcopy(rounded.second.input_quantiser.state_dict())
+    told = [reconstruct(model, net, x) for model in (plain, rounded)]
+    assert [r["layer"] for r in told[1]["layers"]] == [r["layer"] for r in told[0]["layers"]]
+    assert torch.equal(rounded.second.weight, plain.second.weight)  # all before it are alike
+    # the depthwise layer after it sees what it gives when rounded
+    assert not torch.equal(rounded.depthwise.weight, plain.depthwise.weight)
+    with torch.no_grad():
+        values, scales = rounded.second.rounded_weight(), rounded.second.scales()
+        levels = values / scales[:, None, None, None]
+        lost = (
+            values - rounded.second.weight
+        ).square().sum() / rounded.second.weight.square().sum()
+    assert torch.allclose(levels, levels.round(), atol=1e-4)
+    assert float(levels.abs().max()) == pytest.approx(3)
+    assert float(lost) < 0.2
+    assert rounded.second.input_quantiser.look is None
+    assert all(
+        torch.equal(v, low[k]) for k, v in rounded.second.input_quantiser.state_dict().items()
+    )
+    calibrate(rounded, x)
+    with torch.no_grad():
+        error = float((rounded(x) - net(x)).square().sum() / net(x).square().sum())
+    assert error < 0.5 * told[1]["output"]["before"]
 
 
 def test_a_reconstruction_never_ends_worse(monkeypatch) -> None:

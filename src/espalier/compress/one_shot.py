@@ -60,7 +60,7 @@ def sparsify(
             before, gram = layer.weight.detach().clone(), x.T @ x
             cross = before.double() @ gram
             moments = Moments(gram, cross, (cross * before).sum(1), len(x))
-            layer.weight.data.copy_(METHODS[method](before, gram, kept))
+            layer.weight.copy_(METHODS[method](before, gram, kept))
             zeros = float((layer.weight == 0).double().mean())
             done[name] = {"layer": name, "zeros": zeros, "error": moments.error(layer.weight)}
             if progress is not None:

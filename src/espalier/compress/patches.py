@@ -1,4 +1,4 @@
-"""What a convolution or linear layer reads and gives, as rows of a linear regression."""
+"""Convolutions and linear layers as linear regressions: their rows, and their weights refitted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from espalier.compress.least_squares import Moments, refit
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what can be written as such rows
 
@@ -61,6 +63,42 @@ def inputs(layer: nn.Module, x: Tensor, places: Places) -> Tensor:
     columns = column[:, None] * stride[1] + torch.arange(kernel[1], device=device) * dilation[1]
     found = lifted[:, :, rows[:, :, None], columns[:, None, :]]  # (n, c, p, kh, kw)
     return found.transpose(1, 2).reshape(len(x) * len(row), conv.groups, -1)
+
+
+def refit_layer(layer: Any, read: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
+    """Refits a layer in place; gives the relative squared error before and after.
+
+    `read (n, groups, d)` is what it reads, `wanted (n, channels)` what it should give. Weights that
+    are exactly 0 stay so where the layer is sparse; the rest is never made worse.
+    """
+    groups = read.shape[1]
+    weight = layer.weight.detach().flatten(1)
+    start = weight if layer.bias is None else torch.cat([weight, layer.bias[:, None]], dim=1)
+    mask = start != 0
+    mask[:, weight.shape[1] :] = True  # the bias may move
+    sparse = not bool(mask.all())
+    parts, errors = [], []
+    for g, rows in enumerate(start.chunk(groups)):
+        low = g * len(rows)
+        x = read[:, g]
+        if layer.bias is not None:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        moments = Moments.empty(x.shape[1], len(rows), x.device)
+        moments.add(x, wanted[:, low : low + len(rows)])
+        own = mask[low : low + len(rows)] if sparse else None
+        found = refit(moments, rows, ridge, own).to(rows.dtype)
+        size = float(moments.square.sum())
+        old, new = (moments.error(w) * size for w in (rows, found))
+        keep = not (bool(torch.isfinite(found).all()) and new <= old)
+        parts.append(rows if keep else found)
+        errors.append((old, old if keep else new, size))
+    whole = torch.cat(parts)
+    with torch.no_grad():
+        layer.weight.copy_(whole[:, : weight.shape[1]].view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(whole[:, -1])
+    total = max(sum(size for _, _, size in errors), 1e-300)
+    return sum(old for old, _, _ in errors) / total, sum(new for _, new, _ in errors) / total
 
 
 def _two(value: tuple[int, ...]) -> tuple[int, int]:

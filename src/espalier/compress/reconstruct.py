@@ -10,8 +10,8 @@ of the network as repaired so far, which mends the errors of the layers before a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.compress.kept import kept_rows
-from espalier.compress.least_squares import Moments, refit
-from espalier.compress.patches import KINDS, Places, inputs, outputs
+from espalier.compress.patches import KINDS, Places, inputs, outputs, refit_layer
 from espalier.errors import EspalierError
+from espalier.export.quantisers import Quantised, Quantiser
 from espalier.train.evaluate import evaluating
 from espalier.train.loop import Progress, channels_last, device_of
 from espalier.train.seeds import generator
@@ -46,7 +46,9 @@ def reconstruct(
     models at once: memory is that of one such pass, without gradients. Layers are matched by
     name; which of the original's channels one has kept is found by its weights, or given in `kept`
     (indices by layer name). Weights that were set to 0 stay 0. `ridge` holds the weights back, in
-    units of the inputs' mean square. Batch norms get the original's statistics, because refitted
+    units of the inputs' mean square. Quantised layers' weights are refitted before they are rounded,
+    and what comes after makes up for the rounding; activations are not rounded meanwhile, and
+    their ranges have to be taken again (`ranges.calibrate`). Batch norms get the original's statistics, because refitted
     layers give nearly what the original's gave: statistics from the examples were measured to be
     worse (ResNet-20 with half of its inner channels: 67% after this, 63% with the statistics set
     anew, 42% with nothing but them, 14% as cut).
@@ -63,7 +65,7 @@ def reconstruct(
     x = channels_last(examples.to(device))
     plan = _Plan(model, original, dict(kept or {}), seed)
     stored = copy.deepcopy(model.state_dict())
-    with torch.no_grad(), evaluating(model), evaluating(original):
+    with torch.no_grad(), evaluating(model), evaluating(original), _unrounded(model):
         wanted = plan.watch(x)
         before = _apart(model(x), wanted)
         plan.restore_statistics()
@@ -99,12 +101,13 @@ class _Plan:
             if not isinstance(layer, KINDS):
                 continue
             twin: Any = twins.get(name)
-            if type(layer) not in KINDS:
-                kinds = ", ".join(kind.__name__ for kind in KINDS)
+            kind = next(k for k in KINDS if isinstance(layer, k))
+            if not (type(layer) is kind or isinstance(layer, Quantised)):
+                kinds = ", ".join(k.__name__ for k in KINDS)
                 self._skip(name, f"a {type(layer).__name__}: only {kinds} are refitted")
                 continue
-            if type(twin) is not type(layer):
-                self._skip(name, f"the original has no {type(layer).__name__} of this name")
+            if type(twin) is not kind:
+                self._skip(name, f"the original has no {kind.__name__} of this name")
                 continue
             rows = kept.get(name)
             rows = kept_rows(layer.weight, twin.weight) if rows is None else rows
@@ -193,39 +196,21 @@ class _Plan:
         self.done.append({"layer": name, "before": before, "after": after})
 
 
-def refit_layer(layer: Any, read: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
-    """Refits a layer in place; gives the relative squared error before and after.
+@contextmanager
+def _unrounded(model: nn.Module) -> Iterator[None]:
+    """Quantisers of activations let everything through: their ranges are of other weights."""
+    found = [m for m in model.modules() if isinstance(m, Quantiser)]
+    for quantiser in found:
+        quantiser.look = _pass
+    try:
+        yield
+    finally:
+        for quantiser in found:
+            quantiser.look = None
 
-    `read (n, groups, d)` is what it reads, `wanted (n, channels)` what it should give. Weights that
-    are exactly 0 stay so where the layer is sparse; the rest is never made worse.
-    """
-    groups = read.shape[1]
-    weight = layer.weight.detach().flatten(1)
-    start = weight if layer.bias is None else torch.cat([weight, layer.bias[:, None]], dim=1)
-    mask = start != 0
-    mask[:, weight.shape[1] :] = True  # the bias may move
-    sparse = not bool(mask.all())
-    parts, errors = [], []
-    for g, rows in enumerate(start.chunk(groups)):
-        low = g * len(rows)
-        x = read[:, g]
-        if layer.bias is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        moments = Moments.empty(x.shape[1], len(rows), x.device)
-        moments.add(x, wanted[:, low : low + len(rows)])
-        own = mask[low : low + len(rows)] if sparse else None
-        found = refit(moments, rows, ridge, own).to(rows.dtype)
-        size = float(moments.square.sum())
-        old, new = (moments.error(w) * size for w in (rows, found))
-        keep = not (bool(torch.isfinite(found).all()) and new <= old)
-        parts.append(rows if keep else found)
-        errors.append((old, old if keep else new, size))
-    whole = torch.cat(parts)
-    layer.weight.data.copy_(whole[:, : weight.shape[1]].view_as(layer.weight))
-    if layer.bias is not None:
-        layer.bias.data.copy_(whole[:, -1])
-    total = max(sum(size for _, _, size in errors), 1e-300)
-    return sum(old for old, _, _ in errors) / total, sum(new for _, new, _ in errors) / total
+
+def _pass(x: Tensor) -> None:
+    pass
 
 
 def _affine(norm: _BatchNorm) -> Tensor:
