@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import espalier as esp
 from espalier.cli import app
-from shrink_toys import Small, trained
+from shrink_toys import Small, task, trained
 
 pytest.importorskip("ortools")
 
@@ -75,6 +76,28 @@ def test_the_answer_is_printed_as_json_and_its_files_are_there(
     assert json.loads((out / "result.json").read_text())["best"] == result["best"]
 
 
+def test_the_exported_file_reaches_the_accuracy_that_was_told(
+    finished: tuple[Path, Any],
+) -> None:
+    """Read by ONNX Runtime alone, on the test split."""
+    _, result = finished
+    session = onnxruntime.InferenceSession(result["files"]["onnx"])
+    name = session.get_inputs()[0].name
+    right = total = 0
+    for x, y in task().batches("test", 64):
+        outputs = session.run(None, {name: x.contiguous().numpy()})[0]
+        right, total = right + int((outputs.argmax(1) == y.numpy()).sum()), total + len(y)
+    assert result["best"]["metrics"]["accuracy"]["value"] == pytest.approx(right / total)
+
+
+@pytest.fixture
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exporting takes seconds, and is tested once."""
+    nothing = esp.export.Exported({}, {})
+    monkeypatch.setattr(esp.Shrunk, "export", lambda self: nothing)
+
+
+@pytest.mark.usefixtures("no_files")
 def test_the_same_command_again_needs_resume_and_then_pays_nothing(
     own: Path, finished: tuple[Path, Any]
 ) -> None:
@@ -90,6 +113,7 @@ def test_the_same_command_again_needs_resume_and_then_pays_nothing(
     assert "limits kept as measured: bytes <=" in again.stdout
 
 
+@pytest.mark.usefixtures("no_files")
 def test_another_limit_reuses_the_profile(
     own: Path, finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,18 +143,27 @@ def test_explain_lists_decisions_and_what_is_left_alone(own: Path) -> None:
     assert {"stem", "bn", "block.conv", "down"} <= set(stem["layers"])
 
 
+def written(folder: Path, suffix: str) -> Path:
+    """The trained model as a file of that kind."""
+    path, x = folder / f"m{suffix}", torch.randn(2, 1, 8, 8)
+    if suffix == ".onnx":
+        path.write_bytes(esp.export.to_onnx(trained(), x, fast=True))
+    else:
+        batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+        torch.export.save(torch.export.export(trained(), (x,), dynamic_shapes=(batch,)), path)
+    return path
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_a_file_of_a_graph_is_read_like_the_model(own: Path, tmp_path: Path, suffix: str) -> None:
     from espalier.flows.files import from_file
 
-    exported = esp.export.export(trained(), torch.randn(2, 1, 8, 8), tmp_path, "m", [suffix[1:]])
-    model = from_file(exported.files[suffix[1:]])
+    path = written(tmp_path, suffix)
+    model = from_file(path)
     x = torch.randn(5, 1, 8, 8)
     torch.testing.assert_close(model(x), trained()(x), rtol=1e-4, atol=1e-5)
     assert "espalier" not in {type(m).__module__.split(".")[0] for m in model.modules()}
-    done = espalier(
-        "shrink", exported.files[suffix[1:]], "--task", f"{own}:task", "--explain", "--json"
-    )
+    done = espalier("shrink", path, "--task", f"{own}:task", "--explain", "--json")
     assert done.exit_code == 0, done.stderr
     rows = json.loads(done.stdout)
     plain = json.loads(espalier(*words(own, "--explain", "--json")).stdout)

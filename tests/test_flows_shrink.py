@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -45,7 +44,7 @@ def tiny_shrink(out: Path, **changes: Any) -> esp.Shrunk:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> esp.Shrunk:
     made = tiny_shrink(tmp_path_factory.mktemp("shrink") / "run")
-    made.publish()
+    made.report()
     return made
 
 
@@ -134,14 +133,9 @@ def test_baselines_keep_the_same_limits_and_had_the_same_repair(found: esp.Shrun
     assert all(v == 1 for k, v in even.candidate.items() if k.startswith("depth:"))
 
 
-def test_the_files_compute_the_same_without_espalier(found: esp.Shrunk) -> None:
-    network, images = found.network(), next(iter(task().batches("test", 32)))[0]
-    session = onnxruntime.InferenceSession(found.to_json()["files"]["onnx"])
-    name = session.get_inputs()[0].name
-    with torch.no_grad():
-        expected = network(images).numpy()
-    np.testing.assert_allclose(session.run(None, {name: images.numpy()})[0], expected, atol=1e-4)
-    assert "espalier" not in {type(m).__module__.split(".")[0] for m in network.modules()}
+def test_the_network_is_plain(found: esp.Shrunk) -> None:
+    modules = {type(m).__module__.split(".")[0] for m in found.network().modules()}
+    assert "espalier" not in modules
 
 
 def test_the_report_shows_the_shrink(found: esp.Shrunk) -> None:
