@@ -19,5 +19,6 @@ from espalier.solvers.prune.soft import SoftThreshold as SoftThreshold
 from espalier.solvers.prune.solve import Pruned as Pruned
 from espalier.solvers.prune.solve import prune as prune
 from espalier.solvers.prune.terms import Consensus as Consensus
+from espalier.solvers.prune.terms import Narrowing as Narrowing
 from espalier.solvers.prune.terms import Original as Original
 from espalier.solvers.prune.topk import TopUnits as TopUnits

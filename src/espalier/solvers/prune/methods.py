@@ -19,9 +19,9 @@ from espalier.solvers.prune.pricing import budgeted, sparse_budget
 from espalier.solvers.prune.rules import Descent
 from espalier.solvers.prune.soft import SoftThreshold
 from espalier.solvers.prune.solve import Pruned, prune
-from espalier.solvers.prune.terms import Consensus, Original
+from espalier.solvers.prune.terms import Consensus, Narrowing, Original
 from espalier.solvers.prune.topk import TopUnits
-from espalier.solvers.relax import ExpectedCost, FirstOrder, Settings, Term
+from espalier.solvers.relax import FirstOrder, Settings, Term
 from espalier.tasks import Task
 from espalier.train.loop import Progress, steps_of
 
@@ -94,7 +94,7 @@ def pas(
     """Pruning as search: a binary gate a unit, learned with the weights on the same batches.
 
     Gates do not look at magnitudes: they begin open and close where the loss resists least to
-    `pressure` (cost / limit - 1)^2, and may open again. `rate`: how far gates move in a step at
+    `pressure` (cost / target - 1)^2, whose target narrows to the limit, and may open again. `rate`: how far gates move in a step at
     first, on average; by default such that one could go from open to closed four times. Source: Li et al., Pruning-as-Search: Efficient Neural Architecture Search via Channel
     Pruning and Structural Reparameterization, IJCAI 2022. Errors: as of `dsa`.
     """
@@ -103,8 +103,10 @@ def pas(
     steps = settings.epochs * steps_of(task, settings.batch)
     if rate is None:
         rate = min(_FASTEST, _TRAVEL / steps)
+    whole = budget.costs(np.ones(len(budget.names)))
     costs = [
-        ExpectedCost(one.cost, one.most, "square", pressure, name=one.name) for one in budget.capped
+        Narrowing(one, cost, coefficient=pressure)
+        for one, cost in zip(budget.capped, whole, strict=True)
     ]
     return prune(
         gated,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import EspalierError
-from espalier.solvers.prune.budget import Budget
+from espalier.solvers.prune.budget import Budget, Capped
 from espalier.solvers.relax.moment import Moment
 from espalier.solvers.relax.terms import On, Term, TermState
 from espalier.train import losses
@@ -78,6 +78,31 @@ class Consensus(Term):
         if "near" in tensors:
             self._near, self._debt = tensors["near"], tensors["debt"]
             self._asked = int(tensors["asked"])
+
+
+class Narrowing(Term):
+    """(cost / target - 1)^2, whose target goes from the whole model's cost to the limit.
+
+    It gets there after the share `over` of the search, so that units close one after the other and the
+    weights can follow. The square draws to the limit from either side (Li et al., 2022).
+    """
+
+    on: On = "architecture"
+
+    def __init__(
+        self, capped: Capped, whole: float, over: float = 0.6, coefficient: Schedule | float = 10.0
+    ) -> None:
+        if not 0 < over <= 1:
+            raise EspalierError(f"a target narrows over a share in 0..1, above 0, got {over!r}")
+        self.cost, self.most, self.whole = capped.cost, capped.most, whole
+        self.over, self.name, self.coefficient = over, capped.name, scheduled(coefficient)
+
+    def __call__(self, moment: Moment, state: TermState) -> Tensor:
+        """The squared distance to the present target, as a share of it."""
+        left = max(0.0, 1 - moment.progress / self.over)
+        target = self.most + (self.whole - self.most) * left
+        wanted = {name: state.probabilities[name] for name in self.cost.names}
+        return (self.cost(wanted) / target - 1) ** 2
 
 
 class Original(Term):
