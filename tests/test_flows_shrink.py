@@ -213,18 +213,27 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
     assert found.best.candidate == candidates[int(np.flatnonzero(kept)[harm[kept].argmin()])]
 
 
-def test_latency_is_kept_as_measured(tmp_path: Path) -> None:
-    runtime = esp.costs.OnnxRuntime(seconds=0.02, precision=0.2)
-    found = tiny_shrink(
-        tmp_path / "run", within={LATENCY: "90%", "bytes": "90%"}, on=runtime, baselines=False,
-        decisions=(esp.compress.Widths(multiple=8, steps=2), esp.compress.Depth()), repair=False,
-    )  # fmt: skip
-    limit = found.to_json()["question"]["limits"][0]
-    assert limit["bound"] == pytest.approx(0.9 * found.original.metrics[LATENCY].value)
-    assert found.best.metrics[LATENCY].value <= limit["bound"]
-    assert found.best.metrics[LATENCY].how == "measured"
-    assert found.to_json()["shrink"]["rounds"]
-    assert {r["metric"] for r in found.to_json()["shrink"]["spent"]} == {LATENCY, "bytes"}
+TIMED = {
+    "on": esp.costs.OnnxRuntime(seconds=0.02, precision=0.5),
+    "decisions": (esp.compress.Widths(multiple=8, steps=2), esp.compress.Depth()),
+    "repair": False,
+    "baselines": False,
+}
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> esp.Shrunk:
+    out = tmp_path_factory.mktemp("timed") / "run"
+    return tiny_shrink(out, within={LATENCY: "90%", "bytes": "90%"}, **TIMED)
+
+
+def test_latency_is_kept_as_measured(timed: esp.Shrunk) -> None:
+    limit = timed.to_json()["question"]["limits"][0]
+    assert limit["bound"] == pytest.approx(0.9 * timed.original.metrics[LATENCY].value)
+    assert timed.best.metrics[LATENCY].value <= limit["bound"]
+    assert timed.best.metrics[LATENCY].how == "measured"
+    assert timed.to_json()["shrink"]["rounds"]
+    assert {r["metric"] for r in timed.to_json()["shrink"]["spent"]} == {LATENCY, "bytes"}
 
 
 # --- fitting to a measured limit ---------------------------------------------------------------
@@ -295,7 +304,7 @@ def test_one_slow_answer_does_not_end_the_rounds() -> None:
 
 
 def test_an_answer_that_is_over_the_limit_after_all_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    timed: esp.Shrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that slows down after the repair: an error, never a model over the budget."""
     measure, slow = esp.costs.OnnxRuntime.measure, []
@@ -314,9 +323,12 @@ def test_an_answer_that_is_over_the_limit_after_all_is_refused(
     monkeypatch.setattr(esp.costs.OnnxRuntime, "measure", slower)
     with pytest.raises(BudgetError, match=r"latency_ms|as measured"):
         tiny_shrink(
-            tmp_path / "run", within={LATENCY: "95%"}, progress=Slowing(), repair=False,
-            baselines=False, decisions=(esp.compress.Depth(),),
-        )  # fmt: skip
+            tmp_path / "run",
+            within={LATENCY: "95%"},
+            progress=Slowing(),
+            reuse=timed.folder,
+            **TIMED,
+        )
 
 
 # --- what is refused ---------------------------------------------------------------------------
