@@ -202,7 +202,7 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     batched: Clock = Counted(launch=0.0)
     if plan.measured:
         clock = Processor(rounds=plan.rounds, seed=seed)
-        batched = Processor(OnnxRuntime(batch=plan.batch), plan.rounds, seed)
+        batched = Processor(OnnxRuntime(batch=plan.batch, seconds=0.1), plan.rounds, seed)
     rows = profile(plan, task.shape, clock, batched)
     choices = {by: chosen(rows, by) for by in ("macs", "ms")}
 
