@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -42,7 +42,11 @@ class UnitLike(Protocol):
 
 @runtime_checkable
 class UnitFamily(Protocol):
-    """A family whose networks are chains of units, which can be had one by one."""
+    """A family whose networks are chains of units, which can be had one by one.
+
+    A unit's module may carry `beside_bytes`: the activations that stay alive while it runs, besides
+    its own.
+    """
 
     def units(self) -> Sequence[UnitLike]: ...
 
@@ -151,7 +155,29 @@ def unseeded() -> Iterator[None]:
 
 def _piece(module: nn.Module, x: Tensor, candidate: Candidate, unit: str) -> Piece:
     run = record(module, x)
-    return Piece(fingerprint(run), counted(module, run), tuple(features(run)), candidate, unit)
+    count = counted(module, run)
+    # what stays alive beside it (a shortcut), where the family knows: see `UnitFamily`
+    beside = int(getattr(module, "beside_bytes", 0))
+    count = replace(count, activation_bytes=count.activation_bytes + beside)
+    return Piece(fingerprint(run), count, tuple(features(run)), candidate, unit)
+
+
+_TOLD = {"conv", "linear", "batchnorm", "normalization", "activation", "pooling", "dropout"}
+_TOLD |= {"container", "flatten"}
+
+
+def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
+    """What decides the counts and work of a chain of torch's plain layers, without running it."""
+    for part in module.modules():
+        room, _, file = type(part).__module__.rpartition(".")
+        opaque = isinstance(part, (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict))
+        if room != "torch.nn.modules" or file not in _TOLD or opaque or part._forward_hooks:
+            return None
+    state = module.state_dict()
+    weights = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    held = tuple((name, tuple(t.shape), t.dtype) for name, t in state.items())
+    beside = getattr(module, "beside_bytes", 0)
+    return repr(module), weights, held, tuple(x.shape), x.dtype, beside
 
 
 class _Units(Pieces):
@@ -163,6 +189,7 @@ class _Units(Pieces):
         column = {name: j for j, name in enumerate(self.space.names)}
         self._columns = {u.name: [column[d] for d in u.decisions] for u in self.units}
         self._found: dict[tuple[Any, ...], Piece | None] = {}
+        self._alike: dict[tuple[Any, ...], Piece] = {}
         self._runs: dict[tuple[Any, ...], bool] = {}
         self._gates = self._probed(self._suspects())
 
@@ -260,8 +287,19 @@ class _Units(Pieces):
         if key not in self._found:
             candidate = self.space.decode(row)[0]
             made = self._unit(unit.name, candidate)
-            self._found[key] = made and _piece(made[0], self.input(made[1]), candidate, unit.name)
+            self._found[key] = made and self._piece(*made, candidate, unit.name)
         return self._found[key]
+
+    def _piece(
+        self, module: nn.Module, shape: tuple[int, ...], candidate: Candidate, unit: str
+    ) -> Piece:
+        x = self.input(shape)
+        signature = _signature(module, x)
+        if signature is None:
+            return _piece(module, x, candidate, unit)
+        if signature not in self._alike:
+            self._alike[signature] = _piece(module, x, candidate, unit)
+        return replace(self._alike[signature], candidate=candidate, unit=unit)
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
         made = self._unit(piece.unit, piece.candidate)
