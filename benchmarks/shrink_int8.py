@@ -137,7 +137,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=150, help="of fine-tuning the original")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where originals are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help="originals, and seeds that are done"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,7 +155,12 @@ def main() -> None:
         task = task_of(name, args.data)
         network, tuning = original_of(name, task, args.seconds, args.cache)
         fp32 = to_onnx(network, torch.zeros(1, *task.shape))
-        rows = [one(name, task, fp32, network, seed, args.rounds) for seed in range(args.seeds)]
+        rows = []
+        for seed in range(args.seeds):
+            kept = args.cache / f"{name}-{seed}.json"  # a run that is stopped goes on
+            if not kept.exists():
+                kept.write_text(json.dumps(one(name, task, fp32, network, seed, args.rounds)))
+            rows.append(json.loads(kept.read_text()))
         found = summary(rows)
         result["models"][name] = {"original": tuning, "summary": found, "seeds": rows}
         for kind, line in found.items():

@@ -40,13 +40,13 @@ class Plan:
     """Data, trainings of the model and of the pruned one, sizes, what pruning must bring."""
 
     task: str = "cifar10:size=16,train=3000,validation=500,test=4000"
-    training: Training = field(default_factory=lambda: Training(epochs=14, lr=0.1))
-    tuning: Training = field(default_factory=lambda: Training(epochs=5, lr=0.02))
+    training: Training = field(default_factory=lambda: Training(epochs=20, lr=0.1))
+    tuning: Training = field(default_factory=lambda: Training(epochs=16, lr=0.05))
     widths: tuple[int, ...] = (16, 32, 64)
     blocks: int = 2
-    share: float = 0.8  # of the fused latency that pruning may leave
-    rounds: int = 9
-    seconds: float = 0.1  # of one timing
+    share: float = 0.85  # of the fused latency that pruning may leave
+    rounds: int = 21
+    seconds: float = 0.05  # of one timing
     examples: int = 256  # of the least squares and of the ranges
 
 
