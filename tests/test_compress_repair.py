@@ -201,7 +201,8 @@ def test_a_refit_of_a_layer_is_the_least_squares_of_unfolded_inputs() -> None:
 
 def test_statistics_set_anew_do_not_spoil_it(few) -> None:
     net = made()
-    train.fit(net, few, Recipe(epochs=2, precision="fp32"), 0)
+    for tensor in (net.norm.weight, net.norm.bias, net.norm.running_mean, net.norm.running_var):
+        tensor.data.uniform_(0.5, 2)
     small = cut(net, torch.tensor([1, 4, 6]))
     again = copy.deepcopy(small)
     recalibrate(again, few, batches=1)
@@ -410,11 +411,32 @@ def test_time_ends_it_with_the_rate_at_nothing(few, original, monkeypatch) -> No
     small = cut(original, torch.tensor([0, 3, 5]))
     told = finetune(small, original, few, Recipe(epochs=1000, batch=50, lr=0.05), seconds=2.0)
     assert told["stopped"] == "time"
-    assert 1.5 < told["seconds"] <= 2.02  # the clock ticks at each look
+    assert 1.5 < told["seconds"] <= 2.05  # the clock ticks at each look
     ran = [row for row in told["history"] if row["steps"]]
     assert 3 < len(ran) < 100
     assert ran[-1]["lr"] < 0.005
     assert "accuracy" in told["history"][-1] or not told["history"][-1]["steps"]
+
+
+def test_without_a_recipe_the_time_is_used(few, original, monkeypatch) -> None:
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * 0.01)
+    small = cut(original, torch.tensor([0, 3, 5]))
+    seen: list[tuple[int, int]] = []
+    told = finetune(small, original, few, seconds=2.5, progress=lambda d, n, _: seen.append((d, n)))
+    assert len(seen) == len(told["history"])
+    assert all(0 <= done <= total == 2 for done, total in seen)  # in whole seconds
+    assert len(told["history"]) > 10
+    assert told["stopped"] in ("time", "patience")
+
+
+def test_it_waits_for_half_of_the_training_unless_told(few, original) -> None:
+    small = copy.deepcopy(original)
+    recipe = Recipe(epochs=24, batch=100, lr=1e-9, precision="fp32")
+    told = finetune(small, original, few, recipe)  # nothing changes
+    assert told["stopped"] == "patience"
+    assert len(told["history"]) == 12
+    assert len(finetune(small, original, few, recipe, patience=3)["history"]) == 3
 
 
 def test_no_time_changes_nothing(few, original) -> None:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import math
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.compress.distil import Teaching
-from espalier.compress.optimise import RECIPES, Optimiser, held, make, pack, unpack
+from espalier.compress.optimise import RECIPES, Optimiser
+from espalier.compress.tuning import Run
 from espalier.errors import EspalierError
 from espalier.tasks import Task
-from espalier.train import checkpoint as checkpoints
 from espalier.train import loop
-from espalier.train import optimiser as optimisers
-from espalier.train.evaluate import evaluate
-from espalier.train.precision import Format, resolve
+from espalier.train.precision import resolve
 from espalier.train.recipe import Recipe
-from espalier.train.seeds import generator, global_seed
 
-_SHUFFLE, _GLOBAL = 0xF1, 0xF2  # purposes of random streams
-_FINE = 1 << 20  # steps of the learning rate's schedule
-_SELDOM = 4  # with a limit in seconds, validation takes at most one part in 1 + so many
+_UNBOUNDED = 1_000_000  # epochs
 
 
 def finetune(
@@ -40,7 +30,7 @@ def finetune(
     seconds: float | None = None,
     temperature: float = 2.0,
     share_of_labels: float = 0.5,
-    patience: int = 10,
+    patience: int | None = None,
     optimiser: Optimiser | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -53,11 +43,14 @@ def finetune(
     weights are kept, those from before included, so that validation is never worse than it was. It
     ends after the recipe's epochs, `patience` validations without a better one, or `seconds`, the
     validations counted; the learning rate falls to 0 by whichever of the first and last is nearer.
+    Without a recipe there are 10 epochs, or as many as fit in `seconds`. Without a patience it is
+    10 validations and half of the training: what is learned late, at low rates, is waited for.
 
     Weights that are 0 in sparse layers (one in 20 or more is 0) stay 0.
     `optimiser` is that of the recipe's numbers: by default SGD; without a recipe, AdamW for models
     without batch normalisation. With a `checkpoint` path a run that was killed goes on from its
-    last epoch and, where `seconds` is None, ends in the same bits.
+    last epoch and, where `seconds` is None, ends in the same bits. `progress` is told epochs, or
+    seconds where these are limited.
     The result: `history` (a row an epoch: loss, lr, steps and the validation metrics), `before`,
     `after`, `best_epoch` (0: before), `stopped` ("epochs", "patience", "time" or "diverged") and
     `seconds`.
@@ -67,7 +60,7 @@ def finetune(
         ("seconds", seconds is None or seconds > 0, seconds, "above 0, or None"),
         ("temperature", temperature > 0, temperature, "above 0"),
         ("share_of_labels", 0 <= share_of_labels <= 1, share_of_labels, "in 0..1"),
-        ("patience", patience >= 1, patience, "1 or more"),
+        ("patience", patience is None or patience >= 1, patience, "1 or more, or None"),
         ("optimiser", optimiser in (None, *RECIPES), optimiser, "sgd or adamw"),
     )
     for name, kept, value, rule in rules:
@@ -77,216 +70,12 @@ def finetune(
         normed = any(isinstance(m, _BatchNorm) for m in model.modules())
         optimiser = "sgd" if normed or recipe is not None else "adamw"
     chosen = RECIPES[optimiser] if recipe is None else recipe
+    if recipe is None and seconds is not None:
+        chosen = replace(chosen, epochs=_UNBOUNDED)
     labels = 1.0 if original is None else share_of_labels
     form = resolve(chosen.precision, loop.device_of(model).type)
     teaching = Teaching(task, original, chosen, temperature, labels, form)
-    run = _Run(model, teaching, optimiser, seconds, patience, seed)
+    run = Run(model, teaching, optimiser, seconds, patience, seed)
     run.resume(checkpoint)
     run.train(checkpoint, progress)
     return run.result()
-
-
-@dataclass
-class _State:
-    """What a checkpoint keeps besides tensors."""
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    best_epoch: int = 0
-    waited: int = 0  # validations since the best
-    seconds: float = 0.0
-    validation_seconds: float = 0.0
-    stopped: str = ""
-    precision: Format = "fp32"
-
-
-class _Run:
-    """A fine-tuning under way."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        teaching: Teaching,
-        optimiser: Optimiser,
-        seconds: float | None,
-        patience: int,
-        seed: int,
-    ) -> None:
-        self.model, self.teaching = model, teaching
-        self.task, self.recipe, self.seed = teaching.task, teaching.recipe, seed
-        self.limit, self.patience = seconds, patience
-        self.started = time.monotonic()
-        self.state = _State(precision=teaching.form)
-        self.identity = self._identity(optimiser)
-        if teaching.original is not None:
-            teaching.original.eval()
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimiser = make(model, self.recipe, optimiser)
-        self.held = held(model)
-        self.best = copy.deepcopy(model.state_dict())
-        self.steps = loop.steps_of(self.task, self.recipe.batch)
-
-    def _identity(self, optimiser: Optimiser) -> dict[str, Any]:
-        shapes = [f"{name}{tuple(t.shape)}" for name, t in self.model.state_dict().items()]
-        return {
-            "method": "finetune",
-            "weights": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16],
-            "task": self.task.fingerprint,
-            "seed": self.seed,
-            "optimiser": optimiser,
-            "temperature": self.teaching.temperature,
-            "labels": self.teaching.labels,
-            "patience": self.patience,
-            "bounded": "epochs" if self.limit is None else "seconds",
-            **asdict(self.recipe),
-        }
-
-    def resume(self, checkpoint: Path | None) -> None:
-        """Goes back to where a checkpoint was written, if there is one."""
-        saved = None if checkpoint is None else checkpoints.read(checkpoint)
-        if saved is None or checkpoint is None:
-            return
-        checkpoints.check(checkpoint, saved.counters["identity"], self.identity)
-        self.state = _State(**saved.counters["state"])
-        self.teaching.form = self.state.precision
-        self.best = _under("best", saved.tensors)
-        self.model.load_state_dict(_under("weights", saved.tensors))
-        unpack(saved.tensors, self.model, self.optimiser)
-
-    def save(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            return
-        tensors = {f"weights/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"best/{k}": v for k, v in self.best.items()}
-        tensors |= pack(self.model, self.optimiser)
-        self.state.seconds += self._lap()
-        checkpoints.write(checkpoint, tensors, {"identity": self.identity, "state": asdict(self.state)})  # fmt: skip
-
-    def _lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.monotonic()
-        lap, self.started = now - self.started, now
-        return lap
-
-    def spent(self) -> float:
-        """Seconds in all, those before a resume included."""
-        return self.state.seconds + time.monotonic() - self.started
-
-    def train(self, checkpoint: Path | None, progress: loop.Progress | None) -> None:
-        """Epochs until something ends it; leaves the best weights in the model."""
-        state = self.state
-        if not state.before:
-            state.before = state.best = self._validate()
-        while not state.stopped:
-            epoch = len(state.history)
-            if epoch >= self.recipe.epochs:
-                state.stopped = "epochs"
-                break
-            with global_seed(self.seed, epoch, _GLOBAL):
-                row = self._epoch(epoch)
-            state.history.append(row)
-            self._judge(row)
-            self.save(checkpoint)
-            if progress is not None:
-                shown = f"loss {row['loss']:.3f}" if row["loss"] is not None else "stopped"
-                progress(epoch + 1, self.recipe.epochs, shown)
-        self.save(checkpoint)
-        self.model.load_state_dict(self.best)
-        self.model.eval()
-
-    def _epoch(self, epoch: int) -> dict[str, Any]:
-        self.model.train()
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        device = loop.device_of(self.model)
-        order = generator(self.seed, epoch, _SHUFFLE)
-        total, count, lr, longest = 0.0, 0, 0.0, 0.0
-        for x, y in self.task.batches("train", self.recipe.batch, order, self.recipe.augment):
-            if len(y) < 2:
-                continue
-            begun = time.monotonic()
-            done = self._done(epoch * self.steps + count, longest)
-            if done >= 1:
-                self.state.stopped = "time"
-                break
-            lr = optimisers.rate(self.recipe, int(done * _FINE), _FINE)
-            for group in self.optimiser.param_groups:
-                group["lr"] = lr
-            loss = self.teaching.loss(self.model, loop.channels_last(x.to(device)), y.to(device))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                self.state.stopped = "diverged"
-                break
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
-            self.optimiser.step()
-            self._hold()
-            total, count = total + value, count + 1
-            longest = max(longest, time.monotonic() - begun)
-        self.model.eval()
-        mean = total / count if count else None
-        return {"epoch": epoch + 1, "loss": mean, "lr": lr, "steps": count}
-
-    def _hold(self) -> None:
-        """Weights of sparse layers that were 0 are 0."""
-        with torch.no_grad():
-            for weight, kept in self.held:
-                weight.mul_(kept)
-
-    def _done(self, step: int, longest: float) -> float:
-        """Which share of the training is over: of its steps, or of its time if that is more."""
-        share = step / (self.recipe.epochs * self.steps)
-        if self.limit is None:
-            return share
-        left_for_steps = self.limit - self.state.validation_seconds - longest
-        return max(share, self.spent() / left_for_steps if left_for_steps > 0 else 1.0)
-
-    def _judge(self, row: dict[str, Any]) -> None:
-        """Validates an epoch, where it is time to, and keeps its weights if they are the best."""
-        state = self.state
-        last = bool(state.stopped) or row["epoch"] == self.recipe.epochs
-        if state.stopped == "diverged" or not row["steps"]:
-            return
-        if self.limit is not None and not last:
-            since = self.spent() - state.validation_seconds * self._validations()
-            if since < _SELDOM * state.validation_seconds * self._validations():
-                return
-        row |= (found := self._validate())
-        metric = self.task.metrics[0]
-        new, old = found[metric.name], state.best[metric.name]
-        if new > old if metric.goal == "max" else new < old:
-            state.best, state.best_epoch, state.waited = found, row["epoch"], 0
-            self.best = copy.deepcopy(self.model.state_dict())
-            return
-        state.waited += 1
-        if state.waited >= self.patience and not state.stopped:
-            state.stopped = "patience"
-
-    def _validations(self) -> int:
-        name = self.task.metrics[0].name
-        return 1 + sum(name in row for row in self.state.history)
-
-    def _validate(self) -> dict[str, float]:
-        begun = time.monotonic()
-        found = evaluate(self.model, self.task, "validation")
-        self.state.validation_seconds = max(self.state.validation_seconds, time.monotonic() - begun)
-        return found
-
-    def result(self) -> dict[str, Any]:
-        """What happened."""
-        state = self.state
-        return {
-            "history": state.history,
-            "before": state.before,
-            "after": state.best,
-            "best_epoch": state.best_epoch,
-            "stopped": state.stopped,
-            "seconds": self.spent(),
-        }
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix and a slash, without it."""
-    start = prefix + "/"
-    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
