@@ -103,7 +103,7 @@ def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Mod
     changed: list[str] = []
     for path in paths:
         before = twin.get_submodule(path)
-        if any(path.startswith(f"{done}.") for done in changed) or _plain(before):
+        if _plain(before):
             continue
         try:
             swap(twin, path, traced(before))

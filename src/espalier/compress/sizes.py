@@ -151,18 +151,23 @@ def _forward(module: fx.GraphModule, path: str, watch: Watch) -> Any:
     return run
 
 
-def traced(module: nn.Module) -> fx.GraphModule:
-    """A module's forward as a graph, its layers and their names as they were.
+class _OwnForward(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
 
-    Optional arguments that are None by default stay None. Raises what torch.fx raises where it
-    can't trace.
+
+def traced(module: nn.Module) -> fx.GraphModule:
+    """A module's own forward as a graph, its children and their names as they were.
+
+    Children are called, not looked into: what is replaced in them later is what runs. Optional
+    arguments that are None by default stay None. Raises what torch.fx raises where it can't trace.
     """
     fixed = {
         name: None
         for name, p in inspect.signature(module.forward).parameters.items()
         if p.default is None
     }
-    graph = fx.Tracer().trace(module, concrete_args=fixed or None)
+    graph = _OwnForward().trace(module, concrete_args=fixed or None)
     for node in graph.nodes:
         node.meta.clear()
         node.type = None
