@@ -109,6 +109,7 @@ def test_repair_does_not_lose_what_it_had(found: esp.Shrunk) -> None:
     assert found.best.metrics["accuracy_validation"].value == after
     before = esp.train.evaluate(found.family.build(found.best.candidate), task(), "validation")
     assert found.best.metrics["accuracy_before"].value == before["accuracy"] <= after
+    assert after > 0.5  # ten classes
 
 
 def test_the_budget_is_told_layer_by_layer(found: esp.Shrunk) -> None:
@@ -211,6 +212,19 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
     kept = bytes_ <= 0.7 * weight_bytes(trained())
     harm = judge.harm(candidates)
     assert found.best.candidate == candidates[int(np.flatnonzero(kept)[harm[kept].argmin()])]
+
+
+def test_masks_that_learn_answer_within_the_limits_too(tmp_path: Path) -> None:
+    out, new = tmp_path / "run", {"solver": "relax", "baselines": False, "repair": False}
+    settings = esp.relax.Settings(epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("espalier.flows.gating.SETTINGS", settings)
+        found = tiny_shrink(out, **new)
+    assert weight_bytes(found.network()) <= 0.6 * weight_bytes(trained())
+    assert found.to_json()["shrink"]["solver"]["name"] == "relax"
+    assert signature(tiny_shrink(out, resume=True, **new)) == signature(found)
+    with pytest.raises(EspalierError, match="add 'width'"):
+        tiny_shrink(tmp_path / "b", decisions="depth", within={"macs": "70%"}, **new)
 
 
 TIMED = {

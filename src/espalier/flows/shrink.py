@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def shrink(
     runtime = on or OnnxRuntime()
     folder = Path(out) if out is not None else free_folder(f"{task.name}-{family.name}-small")
     identity = _identity(family, task, asked, runtime, solver, measure, seed)
-    identity |= {"repair": repair, "baselines": baselines}
+    identity |= {"repair": repair, "baselines": baselines, "cuts": [_settings(c) for c in cuts]}
     settings = {"budget": str(spend)}
     paid = {} if reuse is None else _paid(Path(reuse), identity)
     study = (
@@ -246,6 +248,15 @@ def _identity(
     }
 
 
+def _settings(cut: Cut) -> dict[str, Any]:
+    """What a cut was made with, tensors by their presence alone."""
+    made: dict[str, Any] = {}
+    if is_dataclass(cut):
+        made = {f.name: getattr(cut, f.name) for f in fields(cut)}
+    plain = (str, int, float, bool, tuple, type(None))
+    return {"kind": cut.kind, **{k: v if isinstance(v, plain) else True for k, v in made.items()}}
+
+
 def _fingerprint(model: nn.Module) -> str:
     """A hash of the model's class names and weights."""
     digest = hashlib.sha256(" ".join(type(m).__qualname__ for m in model.modules()).encode())
@@ -255,7 +266,7 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-_SAME = ("model", "shape", "space", "data", "measure", "seed")
+_SAME = ("model", "shape", "space", "cuts", "data", "measure", "seed")
 _TAKEN = ("images",)
 
 
@@ -270,7 +281,7 @@ def _paid(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     with Study.open(folder) as other:
         recorded = other.meta["identity"]
         for key in _SAME:
-            if recorded.get(key) != identity[key]:
+            if recorded.get(key) != json.loads(json.dumps(identity[key])):
                 raise StudyError(
                     f"can't reuse {folder}: its {key} is {recorded.get(key)!r}, "
                     f"this shrink's is {identity[key]!r}"

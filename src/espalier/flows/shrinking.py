@@ -140,9 +140,9 @@ class Shrinking(Measuring):
         trial = Calibrated(
             self.family, self.task, measure=self.measure, images=_LEAST_IMAGES, seed=self.seed
         )
-        trial.harm([self.family.original])
+        trial.harm([self.smallest()])  # reads the data
         started = time.perf_counter()
-        trial.harm([self.smallest()])
+        trial.harm([self.family.original])
         seconds = time.perf_counter() - started
         affordable = _PROFILE * self.budget.seconds / max(self.options, 1)
         return int(np.clip(_LEAST_IMAGES * affordable / seconds, min(_LEAST_IMAGES, most), most))
