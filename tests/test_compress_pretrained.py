@@ -16,6 +16,7 @@ from espalier.compress.sparsity import StoredBytes, mask, stored_bytes
 from espalier.costs import Counts, count
 from espalier.costs.pieces import pieces_of
 from espalier.errors import EspalierError, SpaceError
+from espalier.export import to_onnx
 from espalier.testing import check_cost, check_family
 from espalier.testing.family import sampled
 
@@ -86,11 +87,32 @@ def test_pieces_know_tied_weights_and_weights_of_no_layer():
     assert "layers.0.attn.qkv" not in kinds
 
 
-def test_the_latency_table_takes_its_pieces():
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_peak_of_activations_knows_what_is_alive_beside_a_piece(name):
+    family = family_of(name)
+    rows = np.concatenate(
+        [family.space.corner(True), family.space.sample(4, np.random.default_rng(0))]
+    )
+    got = Counts(family).estimate_codes(rows)["activation_bytes"]
+    built = [family.build(c) for c in family.space.decode(rows)]
+    assert got.tolist() == [count(n, family.example()).activation_bytes for n in built]
+
+
+def test_widths_and_depth_of_a_network_whose_code_names_its_width():
+    torch.manual_seed(0)
+    family = Pretrained(ViT(), IMAGES)  # the cuts by default
+    kinds = {name.partition(":")[0] for name in family.space.names}
+    assert kinds == {"width", "depth"}
+    check_family(family)
+
+
+def test_pieces_run_alone_in_onnx_runtime():
     family = family_of("language")  # whole numbers in, keywords, a tuple out
-    table = esp.costs.PredictedLatency(family, esp.costs.OnnxRuntime(seconds=0.01, precision=1))
-    table.calibrate(limit=6)
-    check_cost(table, sampled(family, 0))
+    runtime = esp.costs.OnnxRuntime(seconds=0.001, precision=1)
+    for unit in family.units():
+        module, shape = family.unit(unit.name, family.original)
+        x = TOKENS[:1] if shape == (5,) else torch.randn(1, *shape)
+        assert runtime.quick(to_onnx(module, x, fast=True), x).median_ms > 0
 
 
 def test_it_leaves_the_users_model_alone():

@@ -20,12 +20,14 @@ Layers = Mapping[str, tuple[str, ...]]
 @dataclass
 class Piece:
     """`chain`: leaf layers one after the other; `call`: one module with what it was called with;
-    `held`: weights that belong to no layer's call. `turn`: which of its module's calls it is."""
+    `held`: weights that belong to no layer's call. `turn`: which of its module's calls it is;
+    `calls`: their places in the pass."""
 
     kind: str
     paths: list[str]
     turn: int = 0
     shapes: list[Shape] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
     decisions: set[str] = field(default_factory=set)
 
     @property
@@ -45,9 +47,9 @@ class Division:
         wholes = self._wholes()
         for i, call in enumerate(run.calls):
             if i in wholes:
-                self._add("call", call)
+                self._add("call", i)
             elif not any(run.within(i, j) for j in wholes) and _leaf(call.module):
-                self._leaf(call)
+                self._leaf(i)
         self._hold()
 
     def _wholes(self) -> set[int]:
@@ -59,17 +61,19 @@ class Division:
         }
         return {i for i in found if not any(j != i and self._run.within(i, j) for j in found)}
 
-    def _leaf(self, call: Call) -> None:
+    def _leaf(self, index: int) -> None:
+        call = self._run.calls[index]
         joins = self.pieces and self._last is not None and call.taken == self._last
         if not call.single:
-            self._add("call", call)
+            self._add("call", index)
         elif joins and self._follows(call):
             self.pieces[-1].paths.append(call.path)
             self.pieces[-1].shapes.append(call.shape)
+            self.pieces[-1].calls.append(index)
             self._turns[call.path] += 1
             self._last = call.made
         elif not isinstance(call.module, _IDLE):
-            self._add("chain", call)
+            self._add("chain", index)
         else:
             self._turns[call.path] += 1
 
@@ -85,8 +89,9 @@ class Division:
         names = [n for layers in self._layers for n in layers.get(path, ())]
         return {n for n in names if n.startswith("depth:")}
 
-    def _add(self, kind: str, call: Call) -> None:
-        self.pieces.append(Piece(kind, [call.path], self._turns[call.path], [call.shape]))
+    def _add(self, kind: str, index: int) -> None:
+        call = self._run.calls[index]
+        self.pieces.append(Piece(kind, [call.path], self._turns[call.path], [call.shape], [index]))
         self._turns[call.path] += 1
         self._last = call.made if kind == "chain" else None
 

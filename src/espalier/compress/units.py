@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from espalier.compress.beside import Beside
 from espalier.compress.calls import Call, Pass, Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.divided import Division, Piece, told
 from espalier.compress.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
 from espalier.errors import SpaceError, unknown
-from espalier.space import Option
+from espalier.space import Decision, Option
 
 _SAME_SHAPES = ("depth", "bits", "sparsity")  # kinds of cut that keep shapes between layers
 _KEPT = 16  # models built to look at, kept
@@ -61,6 +62,15 @@ class Units:
         for piece in self._pieces.values():
             piece.decisions |= self._claims(piece)
         self._probe(run)
+        widths = [d for d in self._shaping() if isinstance(d.options[-1], int)]
+        self._beside = Beside(
+            run.pass_,
+            list(self._pieces.values()),
+            widths,
+            lambda decision: self._run({decision.name: decision.options[0]}).pass_,
+        )
+        for piece in self._pieces.values():
+            piece.decisions |= self._beside.decisions(piece)
         order = {name: i for i, name in enumerate(self._original)}
         self._units = tuple(
             Unit(name, tuple(sorted(piece.decisions, key=order.__getitem__)))
@@ -79,6 +89,15 @@ class Units:
         if name not in self._pieces:
             raise SpaceError(unknown("unit", name, self._pieces))
         piece = self._pieces[name]
+        found = self._alone(piece, candidate)
+        beside = self._beside.bytes(piece, candidate) if found else 0
+        if found is None or not beside:
+            return found
+        carrier: Any = nn.Sequential(found[0])  # the module itself may be the model's own
+        carrier.beside_bytes = beside
+        return carrier, found[1]
+
+    def _alone(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
         if piece.kind == "chain":
             return self._chained(piece, candidate)
         choices = {d: candidate.get(d, self._original[d]) for d in piece.decisions}
@@ -102,14 +121,16 @@ class Units:
         silent = [p for p in self._pieces.values() if not self._tells(p)]
         if not silent:
             return
-        for cut in self._cuts:
-            for decision in cut.decisions:
-                if decision.name.partition(":")[0] in _SAME_SHAPES or decision.count < 2:
-                    continue
-                run = self._run({decision.name: decision.options[0]})
-                for piece in silent:
-                    if run.looks(piece) not in (None, original.looks(piece)):
-                        piece.decisions.add(decision.name)
+        for decision in self._shaping():
+            run = self._run({decision.name: decision.options[0]})
+            for piece in silent:
+                if run.looks(piece) not in (None, original.looks(piece)):
+                    piece.decisions.add(decision.name)
+
+    def _shaping(self) -> list[Decision]:
+        """The decisions that may change shapes between layers."""
+        every = [d for cut in self._cuts for d in cut.decisions if d.count > 1]
+        return [d for d in every if d.name.partition(":")[0] not in _SAME_SHAPES]
 
     def _tells(self, piece: Piece) -> bool:
         if piece.kind != "chain":
