@@ -15,6 +15,7 @@ from espalier.errors import BudgetError, EspalierError
 from espalier.problem import Limit
 from espalier.recipes import _deepmad as deepmad
 from espalier.recipes._deepmad import Wanted
+from espalier.recipes._deepmad_polish import polished
 from espalier.solvers.allocate import Factor, Program
 from espalier.space import Candidate, Constraint, Linear, Space, integer, ordinal
 
@@ -31,7 +32,7 @@ _CODE = 100  # inner width and kernel as one option: inner * _CODE + kernel
 
 @dataclass(frozen=True)
 class Found:
-    """A design with its numbers, the seconds it took and the score after each program."""
+    """A design, its numbers, seconds, and the score after each program that gained, and at last."""
 
     choices: dict[str, int]
     numbers: dict[str, float]
@@ -51,7 +52,7 @@ def design(
 
     Depths, kernels, entropy, effectiveness and cost are exact in each program; the product of a
     stage's entropy with the log of its feature map's size is taken linear around the last design,
-    and what it gives is judged exactly. Errors: `BudgetError` where nothing keeps the limits.
+    and what it gives is judged exactly. At last single and double changes are tried exactly. Errors: `BudgetError` where nothing keeps the limits.
     """
     begin = time.perf_counter()
     best: dict[str, int] = dict(start or _first(wanted))
@@ -72,6 +73,8 @@ def design(
             step += 1
     if score == -math.inf:
         raise BudgetError("no design within the limits was found: give it more seconds")
+    best = polished(wanted, best, max(seconds - (time.perf_counter() - begin), 2.0))
+    scores.append(deepmad.measured(wanted, best)["score"])
     spent = time.perf_counter() - begin
     return Found(best, deepmad.measured(wanted, best), spent, tuple(scores))
 
