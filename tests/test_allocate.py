@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from torch import nn
 
 from espalier.costs import Counts
 from espalier.errors import BudgetError, EspalierError, SpaceError
-from espalier.nets.mobilenet import MobileNet
+from espalier.nets import Family
 from espalier.problem import Limit
-from espalier.solvers.allocate import Factor, Profile, Program, cost_factors, profile, totals
+from espalier.solvers.allocate import (
+    Factor,
+    Profile,
+    Program,
+    cost_factors,
+    pricing,
+    profile,
+    totals,
+)
 from espalier.space import Forbid, Linear, Space, choice, ordinal, real
 
 pytest.importorskip("ortools")
@@ -179,19 +189,77 @@ def test_forbidden_combinations_and_the_way_through_json() -> None:
     assert dict(worse.candidate) == {"a": 3, "b": 2}
 
 
-def test_costs_of_a_family_as_factors_are_what_the_cost_estimates() -> None:
-    family = MobileNet(
-        (1, 8, 8), 10, 8, stem=8, widths=[8, (8, 16), 16], depth=(1, 2), kernel=3, head=32
+@dataclass(frozen=True)
+class Unit:
+    name: str
+    decisions: tuple[str, ...]
+
+
+class Chain(Family):
+    """Two convolutions and a classifier; the second one runs where `deep` is 1."""
+
+    shape, classes = (1, 6, 6), 3
+    space = Space(  # type: ignore[assignment]
+        [
+            ordinal("width", 4, 8),
+            ordinal("deep", 0, 1),
+            choice("kernel", 1, 3, when={"deep": 1}),
+            ordinal("features", 4, 8, 12),
+        ]
     )
-    rows = family.space.sample(50, np.random.default_rng(0))
-    cost = Counts(family)
-    counted = cost.estimate_codes(rows)
-    for metric in counted:
-        factors = cost_factors(family, metric, cost)
-        assert len(factors) > 1
-        assert (totals(family.space, factors, rows) == counted[metric]).all()
+
+    def units(self) -> list[Unit]:
+        return [
+            Unit("first", ("width",)),
+            Unit("second", ("width", "kernel")),
+            Unit("last", ("width", "features")),
+        ]
+
+    def unit(self, name: str, candidate: object) -> tuple[nn.Module, tuple[int, ...]] | None:
+        width = int(candidate["width"])  # type: ignore[index]
+        if name == "first":
+            return nn.Conv2d(1, width, 3, padding=1), (1, 6, 6)
+        if name == "second":
+            if candidate["deep"] == 0:  # type: ignore[index]
+                return None
+            kernel = int(candidate["kernel"])  # type: ignore[index]
+            return nn.Conv2d(width, width, kernel, padding=kernel // 2), (width, 6, 6)
+        features = int(candidate["features"])  # type: ignore[index]
+        head = nn.Sequential(nn.Flatten(), nn.Linear(36 * width, features), nn.Linear(features, 3))
+        return head, (width, 6, 6)
+
+    def build(self, candidate: object) -> nn.Module:
+        found = [self.unit(u.name, candidate) for u in self.units()]
+        return nn.Sequential(*(u[0] for u in found if u is not None))
+
+
+def test_costs_of_a_family_as_factors_are_what_networks_count() -> None:
+    family = Chain()
+    rows = family.space.enumerate()
+    networks = [family.build(c) for c in family.space.decode(rows)]
+    for metric in ("params", "macs", "bytes", "activation_bytes"):
+        factors = cost_factors(family, metric)
+        assert {f.name for f in factors} == {"first", "second", "last"}
+        counted = Counts(family).estimate_codes(rows)[metric]
+        assert (totals(family.space, factors, rows) == counted).all()
+        if metric == "params":
+            assert counted.tolist() == [sum(p.numel() for p in n.parameters()) for n in networks]
     with pytest.raises(EspalierError, match="unknown metric"):
         cost_factors(family, "latency_ms")
+
+
+def test_units_that_many_decisions_decide_are_sums_over_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = Chain()
+    rows = family.space.enumerate()
+    (whole,) = (f for f in cost_factors(family, "params") if f.name == "last")
+    monkeypatch.setattr(pricing, "_MOST", 3)
+    pairs = [f for f in cost_factors(family, "params") if f.name == "last"]
+    assert sorted(len(f.decisions) for f in pairs) == [0, 1, 1, 2]
+    assert totals(family.space, pairs, rows) == pytest.approx(totals(family.space, [whole], rows))
+    with pytest.raises(EspalierError, match="peak"):
+        cost_factors(family, "activation_bytes")
 
 
 class Told:

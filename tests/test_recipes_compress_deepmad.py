@@ -88,16 +88,16 @@ def walked(model: nn.Module, wanted: deepmad.Wanted) -> dict[str, float]:
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_closed_forms_are_what_a_walk_through_the_network_finds(depthwise: bool) -> None:
     layout = Layout((1, 2, 1, 2), 2, depthwise, 48 if depthwise else 0)
-    wanted = deepmad.Wanted(layout, 32, 1e9, 1e9, weights=(1, 1, 8), uneven=1)
+    wanted = deepmad.Wanted(layout, 16, 1e9, 1e9, weights=(1, 1, 8), uneven=1)
     width = (48, 64) if depthwise else (8, 16)
-    family = Bottlenecks((3, 32, 32), 10, layout, stem=(8, 16), out=(16, 24, 32), inner=width)
-    for candidate in family.space.decode(family.space.sample(3, np.random.default_rng(0))):
+    family = Bottlenecks((3, 16, 16), 10, layout, stem=(8, 16), out=(16, 24, 32), inner=width)
+    for candidate in family.space.decode(family.space.sample(2, np.random.default_rng(0))):
         model = family.build(candidate)
         found = deepmad.measured(wanted, candidate)
         seen = walked(model, wanted)
         assert {k: found[k] for k in seen} == pytest.approx(seen)
-        macs = count(model, torch.zeros(1, 3, 32, 32)).macs
-        assert macs < found["flops"] < 1.25 * macs  # norms, activations and additions
+        macs = count(model, torch.zeros(1, 3, 16, 16)).macs
+        assert macs < found["flops"] < 1.5 * macs  # norms, activations and additions
 
 
 def test_the_family_conforms() -> None:
