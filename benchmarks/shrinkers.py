@@ -6,6 +6,7 @@ measured, until it keeps the latency. That loop is the same for all of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -83,17 +84,19 @@ class Method(ABC):
     def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
         """For each share the first network that keeps it; None where none does."""
         found: dict[float, Cut | None] = dict.fromkeys(sorted(shares, reverse=True))
-        start, amount = time.perf_counter(), self.step
+        start, amount, ratio, shapes = time.perf_counter(), self.step, 1.0, ""
         while amount > LEAST and any(cut is None for cut in found.values()):
             network = self.at(amount)
-            ratio = self.job.ratio(network)
+            before, shapes = shapes, str([tuple(t.shape) for t in network.state_dict().values()])
+            if shapes != before:
+                ratio = self.job.ratio(network)
             for share, cut in found.items():
                 if cut is None and ratio <= share * SLACK:
                     # looked at again before it counts: the least of many noisy ratios is too low
                     ratio = median([ratio, self.job.ratio(network), self.job.ratio(network)])
                     if ratio <= share * SLACK:
                         spent = time.perf_counter() - start
-                        found[share] = Cut(network, ratio, spent, amount)
+                        found[share] = Cut(copy.deepcopy(network), ratio, spent, amount)
             amount *= self.step
         return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from espalier import recipes
 from espalier.nets.metapath import ATTENTION, IDENTITY, POOL, MetaPath
 from espalier.recipes import efficientformer, fast_sparse_conv, lowformer, pflayer
 from espalier.recipes._measured import Clock, Counted, even, params, widest
+from espalier.recipes._slimming import Slimming, met
 from espalier.recipes._sparse import KERNELS, Engine, Gradual, block_mask, network
 
 
@@ -170,7 +173,7 @@ def test_slimming_takes_the_least_importance_for_a_millisecond(space):
         ops = [sum({IDENTITY: 0, POOL: 1, ATTENTION: 2}[v] for k, v in r.items() if k.endswith("op")) for r in rows]  # fmt: skip
         return np.array([o + 0.1 * (r["stage2.width"] + r["stage3.width"]) for o, r in zip(ops, rows, strict=True)])  # fmt: skip
 
-    slim = efficientformer.Slimming(space, CHANCES, price)
+    slim = Slimming(space, CHANCES, price)
     assert slim.importance["stage3.1.op"] == {POOL: pytest.approx(3), ATTENTION: pytest.approx(6)}
     steps = list(slim.path())
     # drop 1.5 for 1 ms; pool 2 - 1 for 1 ms; shrink stage 3 (8) by a quarter is 2 for 0.4 ms
@@ -192,14 +195,19 @@ def test_what_is_measured_corrects_the_table(space):
     def price(codes):
         return np.array([sum(1.0 for v in c.values() if v not in (IDENTITY,)) for c in decode(codes)]) + np.asarray(codes).sum(1) / 100  # fmt: skip
 
-    slim = efficientformer.Slimming(space, CHANCES, price)
+    slim = Slimming(space, CHANCES, price)
     steps = [decode(s["codes"])[0] for s in slim.path()]
     for first in (1, 4, 7):
         shares = {c: 0.6 if i < first else 0.5 for i, c in enumerate(steps)}
-        found = efficientformer.met(slim, lambda c: c, 0.55, shares.__getitem__)
+        found = met(slim, lambda c: c, 0.55, lambda c, known=shares: known.get(c, 0.6))
         assert found["candidate"] == steps[first]
         assert found["share"] == 0.5
         assert len(found["actions"]) == first
+        # one option more would fit, after more than one step: it is given back
+        found = met(slim, lambda c: c, 0.55, lambda c, known=shares: known.get(c, 0.54))
+        assert found["share"] == (0.5 if first == 1 else 0.54)
+        assert (found["candidate"] in steps) is (first == 1)
+        assert found["actions"][-1].startswith("give back") is (first > 1)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +308,7 @@ def test_fast_sparse_conv_check_can_fail(faster, sparsity, accuracy, holds):
     assert other in check["slower_at"]
 
 
-# --- the benchmark's models ---------------------------------------------------------------------------
+# --- the benchmark beside peers, and its models ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +333,44 @@ def test_both_shortcuts_compute_the_same(models, tmp_path):
     np.savez(tmp_path / "less.npz", **state, odd=state["linear.weight"])
     with pytest.raises(KeyError, match=r"less\.npz and the network differ in linear\.bias, odd"):
         models.load(models.ResNet(1), tmp_path / "less.npz")
+
+
+@pytest.fixture(scope="module")
+def shrinkers():
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("shrinkers")
+    finally:
+        sys.path.remove(folder)
+
+
+def test_a_network_is_made_again_from_the_shapes_of_its_weights(shrinkers, models):
+    torch.manual_seed(0)
+    narrow = models.MobileNet((8, 12, 20), expand=3).eval()
+    again = shrinkers.shaped(models.mobilenet(), narrow.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(x), narrow(x))
+
+
+def test_a_method_is_asked_for_less_until_each_share_is_kept(shrinkers):
+    asked = []
+
+    class Toy(shrinkers.Method):
+        step = 0.5
+
+        def at(self, amount):
+            asked.append(amount)
+            return nn.Linear(round(64 * amount), 1)
+
+    class Fake:
+        def ratio(self, network):
+            return network.in_features / 64
+
+    found = Toy(Fake()).cuts([0.1, 0.5, 0.45])
+    assert {share: cut.ratio for share, cut in found.items()} == {0.5: 0.5, 0.45: 0.25, 0.1: 0.0625}
+    assert asked == [0.5, 0.25, 0.125, 0.0625]  # and no further
+    assert found[0.5].network is not found[0.45].network
 
 
 @pytest.mark.data
