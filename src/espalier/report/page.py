@@ -11,7 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from espalier.report import drawing, figures, front, layers, numbers, shrunk, tables, verdict, words
-from espalier.report.reading import Result, plain
+from espalier.report.reading import Result, mapping, plain
 
 _HEIGHTS = {"front": 480, "architecture": 340, "progress": 340, "latency": 420, "repair": 400}
 _HARM = {
@@ -62,10 +62,13 @@ def _shrink(result: Result) -> dict[str, Any]:
     spent_heads, spent_rows = shrunk.spent(result)
     stage_heads, stage_rows = shrunk.stages(result)
     measure = str(result.shrink.get("measure") or "")
+    solver = mapping(result.shrink.get("solver"))
     return {
         "spent_heads": spent_heads,
         "spent_rows": spent_rows,
         "sensitive": shrunk.sensitivity(result),
+        "solver": (str(solver.get("name") or ""), str(solver.get("why") or "")),
+        "harm_images": numbers.whole(result.shrink.get("images")),
         "harm_word": _HARM.get(measure, measure),
         "stage_heads": stage_heads,
         "stage_rows": stage_rows,

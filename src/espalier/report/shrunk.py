@@ -66,7 +66,7 @@ def _part(
         return None
     before, after = pair
     unit = plot.unit_of(result, metric)
-    text = numbers.show(after, metric, unit, digits=2, like=max(before, after))
+    text = numbers.show(after, metric, unit, digits=2)
     share = f" ({after / before:.0%})" if before > 0 else ""
     if after == 0 and before > 0:
         text, share = "gone", ""
