@@ -325,6 +325,49 @@ def test_norms_over_channels_are_cut_with_them() -> None:
 
 
 @torch.no_grad()
+def test_norms_without_weights_follow() -> None:
+    class Own(nn.Module):  # as in the original ConvNeXt
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight, self.bias = (
+                nn.Parameter(torch.rand(width)),
+                nn.Parameter(torch.rand(width)),
+            )
+            self.normalized_shape = (width,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias)
+
+    bare = nn.LayerNorm(8, elementwise_affine=False)
+    model = nn.Sequential(nn.Linear(4, 8), bare, nn.Linear(8, 8), Own(8), nn.Linear(8, 3))
+    bound = Widths().bind(model, torch.randn(2, 4))
+    assert list(bound.groups) == ["0", "2"]
+    small, choices = copy.deepcopy(model), {"width:0": 3, "width:2": 5}
+    bound.apply(small, choices)
+    assert (small[1].normalized_shape, small[3].normalized_shape) == ((3,), (5,))
+    alone = bound.slice("1", bare, choices)
+    assert isinstance(alone, nn.LayerNorm)
+    assert alone.normalized_shape == (3,)
+    assert bare.normalized_shape == (8,)
+    assert small(torch.randn(6, 4)).shape == (6, 3)
+
+
+@torch.no_grad()
+def test_an_exported_program_is_cut_like_the_model_it_came_from() -> None:
+    model, x = seeded(Transformer, SelfAttention), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(model, (x,)).module()
+    bound, again = Widths().bind(program, x), Widths().bind(model, x)
+    assert {n: g.units for n, g in bound.groups.items()} == {
+        n: g.units for n, g in again.groups.items()
+    }
+    choices = {d.name: d.options[1] for d in bound.decisions}
+    one, two = copy.deepcopy(program), copy.deepcopy(model)
+    bound.apply(one, choices)
+    again.apply(two, choices)
+    torch.testing.assert_close(one(x), two(x))
+
+
+@torch.no_grad()
 def test_groups_of_a_norm_and_of_a_convolution_lose_alike() -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(2, 12, 1), nn.GroupNorm(3, 12), nn.Conv2d(12, 24, 1, groups=3)]

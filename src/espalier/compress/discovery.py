@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from espalier.compress.cut import Ignored
-from espalier.compress.groups import Group, grouped
+from espalier.compress.groups import Group, Scaled, grouped
 from espalier.compress.labelling import Trace, evaluated, followed, outputs
 from espalier.compress.labels import thin
 from espalier.compress.proof import close, proven
@@ -61,6 +61,8 @@ def _look(
     for path, sizes in written.items():
         resize(model.get_submodule(path), sizes)  # type: ignore[arg-type]
     found, of, ignored = grouped(trace)
+    shapes = _bare_norms(model, trace, of)
+    found = [replace(g, numbers=shapes.get(g.name, ())) for g in found]
     reasons = {g.name: unwanted(g) for g in found}
     ignored += [Ignored(name, "width", why) for name, why in reasons.items() if why]
     wanted = [g for g in found if not reasons[g.name]]
@@ -77,6 +79,21 @@ def _look(
 
 def _written(trace: Trace, path: str) -> Written:
     return tuple((read, len(read.labels)) for read in trace.sizes if read.path == path)
+
+
+def _bare_norms(
+    model: nn.Module, trace: Trace, of: Mapping[int, str]
+) -> dict[str, tuple[Scaled, ...]]:
+    """The shapes of norms without weights, by the one group that they are over."""
+    found: dict[str, tuple[Scaled, ...]] = {}
+    for path, (given, _) in trace.ends.items():
+        module = model.get_submodule(path)
+        if isinstance(module, nn.LayerNorm) and not module.elementwise_affine:
+            names, shape = set(_of(given, of)), module.normalized_shape
+            if len(names) == 1 and len(shape) == 1:
+                name = names.pop()
+                found[name] = (*found.get(name, ()), Scaled(path, "normalized_shape", shape[0]))
+    return found
 
 
 def _of(fields: Iterable[Tensor], of: Mapping[int, str]) -> Iterable[str]:

@@ -107,6 +107,9 @@ def cut(model: nn.Module, groups: Mapping[str, Group], kept: Kept) -> None:
 
 def set_number(module: nn.Module, name: str, value: int) -> None:
     """A number on a module, or on its configuration: that becomes the module's own copy."""
+    if isinstance(getattr(module, name, None), tuple):  # a norm's shape without weights
+        setattr(module, name, (value,))
+        return
     holder, _, last = name.rpartition(".")
     if holder:
         own = copy.copy(getattr(module, holder))
@@ -242,8 +245,9 @@ def _locked(trace: Trace, why: Whole) -> list[Ignored]:
             free.add(owned.owners)
         else:
             found.setdefault(owned.owners, []).append(trace.labels.reasons[locks[0]])
-    return [
+    ignored = [
         Ignored(owners[0][0] or owners[0][1], "width", min(reasons, key=WEAK.__contains__))
         for owners, reasons in found.items()
         if owners not in free
     ]
+    return list(dict.fromkeys(ignored))

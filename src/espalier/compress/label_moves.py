@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from espalier.compress.label_calls import INPUT, Call, Field, Mode, along, results, vector
 from espalier.compress.label_rules import rule
+from espalier.compress.labels import thin
 
 
-@rule("permute", "transpose", "t", "expand", "select", "unsqueeze", "squeeze", "unbind", "flip",
+@rule("permute", "transpose", "t", "select", "unsqueeze", "squeeze", "unbind", "flip",
       "roll", "repeat", "unfold", "diagonal", "index_select")  # fmt: skip
 def _moved(mode: Mode, call: Call, out: Any) -> bool | None:
     if mode.get(call.get("index")) or call.name.endswith("_"):
         return False
     _put(mode, out, [(call.again(f.labels), f.own) for f in mode.get(call["self"])])
     return None
+
+
+@rule("expand")
+def _expanded(mode: Mode, call: Call, out: Any) -> None:
+    x = call["self"]
+    moved = [(call.again(f.labels), f.own) for f in mode.get(x)]
+    before = [1] * (out.dim() - x.dim()) + list(x.shape)
+    for dim, size in enumerate(out.shape):
+        if before[dim] == 1 < size:
+            # copies: as many as what they meet needs, so they have labels that no tensor owns
+            moved.append((along(mode.labels.new(size), dim, out.shape), False))
+    _put(mode, out, moved)
 
 
 def _put(mode: Mode, out: Any, moved: Sequence[tuple[Any, bool]]) -> None:
@@ -33,10 +47,25 @@ def boxed(labels: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
 
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape")
 def _viewed(mode: Mode, call: Call, out: Any) -> None:
-    moved = [(f.labels.reshape(out.shape), f.own) for f in mode.get(call["self"])]
+    fields = mode.get(call["self"])
+    for i, f in enumerate(fields):
+        for g in fields[i + 1 :]:
+            _merged(mode, f.labels, g.labels, out)
+    moved = [(f.labels.reshape(out.shape), f.own) for f in fields]
     for labels, _ in moved:
         mode.labels.grid(labels)  # a dim of channels may have become a box
     _put(mode, out, moved)
+
+
+def _merged(mode: Mode, f: Tensor, g: Tensor, out: Tensor) -> None:
+    """Two dims of channels that become one can't both be cut: heads that share their values, say,
+    are cut by head."""
+    labels = mode.labels
+    if labels.varying(f) & labels.varying(g):
+        return
+    if labels.varying(f.reshape(out.shape)) & labels.varying(g.reshape(out.shape)):
+        by_head = bool(mode.trace.attended & set(np.unique(thin(g)[0].numpy()).tolist()))
+        labels.lock(f if by_head else g, "one dim with other channels, such as heads")
 
 
 @rule("split", "split_with_sizes", "chunk")

@@ -8,7 +8,7 @@ operation that nobody thought of costs decisions, never correctness.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from espalier.compress import label_moves, label_products  # noqa: F401  (they register rules)
 from espalier.compress.label_calls import Call, Field, vector
-from espalier.compress.label_rules import rule_of
+from espalier.compress.label_rules import Rule, rule_of
 from espalier.compress.labels import Labels
 from espalier.compress.sizes import SizeRead, graphs_watched, sizes_of, value_at
 from espalier.errors import EspalierError
@@ -116,11 +116,17 @@ class Labelling(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         call = Call(func, tuple(args), kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(self.get(t) for t in given):
+        if call.name == "expand" or any(self.get(t) for t in given):
             rule = rule_of(call)
-            if rule is None or rule(self, call, out) is False:
+            if rule is None or not self._ruled(rule, call, out):
                 self._lock(given, func, out)
         return out
+
+    def _ruled(self, rule: Rule, call: Call, out: Any) -> bool:
+        try:
+            return rule(self, call, out) is not False
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # a form of the operation that the rule was not made for
 
     def read_sizes(self, path: str, node: fx.Node, out: Any) -> None:
         """Remember the sizes that a graph's node gives to dims of channels."""
@@ -186,7 +192,8 @@ def _unreadable(model: nn.Module, example: Tensor, error: Exception) -> str:
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode afterwards."""
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with suppress(NotImplementedError):  # an exported program: it has one mode only
+        model.eval()
     try:
         yield
     finally:

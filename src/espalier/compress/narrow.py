@@ -15,6 +15,8 @@ def narrow(module: nn.Module, gone: Rows, shared: dict[int, Tensor] | None = Non
 
     `shared` (id of the tensor before -> the tensor after) keeps tensors shared among modules.
     """
+    if not gone:
+        return
     before = {name: tuple(getattr(module, name).shape) for name in gone}
     for name, dims in gone.items():
         old = getattr(module, name)
@@ -110,5 +112,8 @@ def _resize_other(module: nn.Module, before: dict[str, tuple[int, ...]]) -> None
         for old, new in zip(shape, getattr(module, name).shape, strict=True):
             changed.setdefault(old, set()).add(new)
     for name, value in list(vars(module).items()):
-        if type(value) is int and len(changed.get(value, ())) == 1:
-            setattr(module, name, changed[value].copy().pop())
+        listed = isinstance(value, (tuple, list)) and len(value) == 1  # a normalized_shape
+        size = value[0] if listed else value
+        if type(size) is int and len(changed.get(size, ())) == 1:
+            new = next(iter(changed[size]))
+            setattr(module, name, type(value)((new,)) if listed else new)

@@ -24,37 +24,68 @@ SIZES = ("dim", "size", "channel", "feature", "embed", "width", "inner", "hidden
 def proven(
     model: nn.Module, example: Tensor, groups: Sequence[Group]
 ) -> tuple[list[Group], list[Ignored]]:
-    """The groups that can be cut, with the numbers on modules that must follow; and the others."""
+    """The groups that can be cut, with the numbers on modules that must follow; and the others.
+
+    What makes one group of a kind work is tried on all of its kind; then group by group.
+    """
     first = [next(_plans(model, group)) for group in groups]
     if not _fault(model, example, first):
         return first, []
-    sound: list[Group] = []
-    ignored = []
+    tried: dict[tuple[str, ...], tuple[int, str]] = {}
+    likely, ignored = [], []
     for group in groups:
-        fault = ""
-        for plan in _plans(model, group):
-            found = _fault(model, example, [*sound, plan])
-            if not found:
-                sound.append(plan)
-                break
-            fault = fault or found
-        else:
+        kind = _kind(model, group)
+        if kind not in tried:
+            tried[kind] = _first_sound(model, example, group)
+        which, fault = tried[kind]
+        if which < 0:
             ignored.append(Ignored(group.name, "width", fault))
+        else:
+            plans = list(_plans(model, group))
+            likely.append(plans[min(which, len(plans) - 1)])
+    if not _fault(model, example, likely):
+        return likely, ignored
+    sound: list[Group] = []
+    for group in likely:
+        fault = _fault(model, example, [*sound, group])
+        if fault:
+            ignored.append(Ignored(group.name, "width", fault))
+        else:
+            sound.append(group)
     return sound, ignored
+
+
+def _kind(model: nn.Module, group: Group) -> tuple[str, ...]:
+    """Groups of one kind have the same parts in the same sorts of modules."""
+    modules = [(model.get_submodule(m.path.rpartition(".")[0]), m) for m in group.members]
+    parts = {f"{type(p).__name__}.{m.path.rpartition('.')[2]}.{m.tensor}" for p, m in modules}
+    return (str(group.heads), str(group.averaged), *sorted(parts))
+
+
+def _first_sound(model: nn.Module, example: Tensor, group: Group) -> tuple[int, str]:
+    """The first plan with which a group can be cut alone; -1 and what is wrong where none is."""
+    faults = []
+    for which, plan in enumerate(_plans(model, group)):
+        fault = _fault(model, example, [plan])
+        if not fault:
+            return which, ""
+        faults.append(fault)
+    return -1, faults[0]
 
 
 def _plans(model: nn.Module, group: Group) -> Iterator[Group]:
     """The group with the likely sets of numbers that follow it, the likeliest first."""
-    heads, sizes = _numbers(model, group)
+    every, sizes = _numbers(model, group)
+    heads = [n for n in every if "group" not in n.name]  # queries per key: seldom changes
     mine = [n for n in heads if "." not in n.name], [n for n in sizes if "." not in n.name]
     plans = [[], mine[1], mine[0], mine[0] + mine[1], heads, heads + sizes]
     if group.heads:
-        plans = [mine[0], [], mine[0] + mine[1], mine[1], heads, heads + sizes]
+        plans = [mine[0], [], mine[0] + mine[1], mine[1], heads, every, heads + sizes]
     seen: list[list[Scaled]] = []
     for plan in plans:
         if plan not in seen:
             seen.append(plan)
-            yield replace(group, numbers=tuple(plan))
+            yield replace(group, numbers=(*group.numbers, *plan))
 
 
 def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]]:
@@ -68,7 +99,9 @@ def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]
     heads, sizes = [], []
     for path in around:
         for name, value in _whole_numbers(modules[path]):
-            if "head" in name and not any(s in name for s in ("dim", "size", "group")):
+            if ("head" in name or name.endswith("_groups")) and not any(
+                s in name for s in ("dim", "size")
+            ):
                 if value % group.units == 0:
                     heads.append(Scaled(path, name, value))
             elif value in totals and any(s in name for s in SIZES):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 Place = tuple[int, ...]  # where in a node's arguments the size stands
 
 SHAPED = ("view", "reshape", "_unsafe_view", "expand")
+NORMED = ("layer_norm", "native_layer_norm", "rms_norm")
 PARTED = ("split", "split_with_sizes")
 
 
@@ -60,6 +61,10 @@ def sizes_of(node: fx.Node, out: Any) -> Iterator[tuple[Place, int, Tensor]]:
         if count == out.dim():
             for dim in range(count):
                 yield ((1, dim) if listed else (1 + dim,)), dim, out
+    elif name in NORMED and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
+        normed = out if isinstance(out, Tensor) else out[0]
+        for i in range(len(node.args[1])):
+            yield (1, i), normed.dim() - len(node.args[1]) + i, normed
     elif name in PARTED and len(node.args) > 1 and out:
         along: Any = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
         if isinstance(along, int) and isinstance(node.args[1], (list, tuple)):

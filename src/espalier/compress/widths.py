@@ -192,22 +192,26 @@ class BoundWidths(BoundCut):
             layer = Attention(layer)
             layer.out_proj = _copied(layer.out_proj)
             narrow(layer.out_proj, rows.get(inner, {}))
-        elif name not in rows:
+        numbers = [
+            (number, self.groups[group].scaled(number, len(units)))
+            for group, units in kept.items()
+            for number in self.groups[group].numbers
+            if number.path == name
+        ]
+        if name not in rows and not numbers:
             return layer
         made = _copied(layer)
         narrow(made, rows.get(name, {}))
-        for group in kept:
-            for number in self.groups[group].numbers:
-                if number.path == name:
-                    count = self.groups[group].scaled(number, len(kept[group]))
-                    set_number(made, number.name, count)
+        for number, value in numbers:
+            set_number(made, number.name, value)
         return made
 
     @cached_property
     def _cutting(self) -> dict[str, list[str]]:
-        """The groups that cut tensors of a module."""
+        """The groups that cut tensors of a module, or its numbers."""
         found: dict[str, list[str]] = {}
         for name, group in self.groups.items():
-            for path in {path for m in group.members for path, _ in m.owners}:
+            paths = {path for m in group.members for path, _ in m.owners}
+            for path in paths | {number.path for number in group.numbers}:
                 found.setdefault(path, []).append(name)
         return found
