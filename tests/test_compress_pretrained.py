@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 import espalier as esp
 from compress_toys import IMAGES, TOKENS, Language, Narrow, ViT, dense, resnet
 from espalier.compress import Depth, Pretrained, Sparsity
+from espalier.compress.attention import Attention as CutAttention
+from espalier.compress.attention_graph import as_graph
+from espalier.compress.calls import follow
 from espalier.compress.sparsity import StoredBytes, mask, stored_bytes
 from espalier.costs import Counts, count
 from espalier.costs.pieces import pieces_of
 from espalier.errors import EspalierError, SpaceError
 from espalier.export import to_onnx
 from espalier.testing import check_cost, check_family
-from espalier.testing.family import sampled
+from espalier.testing.family import check_plain, sampled
 
 MODELS = {
     "resnet": (resnet, IMAGES, (Depth(), Narrow(), Sparsity())),
@@ -113,6 +117,44 @@ def test_pieces_run_alone_in_onnx_runtime():
         module, shape = family.unit(unit.name, family.original)
         x = TOKENS[:1] if shape == (5,) else torch.randn(1, *shape)
         assert runtime.quick(to_onnx(module, x, fast=True), x).median_ms > 0
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layer, that looks into its attention; masks by name and by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(6, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.5, batch_first=True)
+        self.again = nn.MultiheadAttention(16, 4)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+        x = self.layer(self.inputs(x), src_mask=mask).transpose(0, 1)
+        out: Tensor = self.head(self.again(x, x, x, None, True, mask)[0].mean(0))
+        return out
+
+
+def test_torchs_attention_with_fewer_heads_or_none_is_plain():
+    torch.manual_seed(0)
+    family = Pretrained(Encoder(), torch.randn(2, 5, 6))
+    x = torch.randn(3, 5, 6)
+    for name in ("width:layer.self_attn", "width:again", "depth:layer.self_attn"):
+        first = family.space[name].options[0]
+        candidate = _active(family, {**family.original, name: first})
+        network = copy.deepcopy(family.build(candidate))
+        check_plain(network)
+        with torch.no_grad():
+            got = network(x)
+        assert torch.equal(network(x), got)  # dropout does nothing in evaluation
+        assert len(to_onnx(network, x, fast=True)) > 0
+    # all heads, as a graph: it computes what torch's attention does
+    model = family.model
+    call = next(c for c in follow(model, x).calls if c.path == "again")
+    twin = copy.deepcopy(model)
+    twin.again = as_graph(CutAttention(twin.again), call)
+    assert torch.allclose(twin(x), model(x), atol=1e-6)
 
 
 def test_it_leaves_the_users_model_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,26 +32,29 @@ _KEEP_ZERO = (
 )
 _ZERO_TO_ZERO = {"relu", "gelu", "silu", "hardtanh", "hardswish", "leaky_relu", "elu", "tanh"}
 _ZERO_TO_ZERO |= {"mul", "div", "_to_copy", "clone", "native_dropout"}
+_NO_ATTENTION = {"batch_first": True, "in_proj_bias": None, "_qkv_same_embed_dim": False}
 
 
 @dataclass(frozen=True)
 class Part:
     """A module to be replaced. `plain`: it is called with one tensor and gives one; otherwise the
-    first of `outputs` results is a tensor and the rest become None (0: no tuple)."""
+    first of `outputs` results is a tensor and the rest become None (0: no tuple). `attention`: it
+    is torch's own, at which torch's encoder layers look."""
 
     path: str
     plain: bool
     outputs: int = 0
+    attention: bool = False
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A block or a branch. `zero`: its result is 0, else it is its input. `shaped`: zeros of the
+    """A block or a branch; `inside`: the paths of all modules in it. `zero`: its result is 0, else it is its input. `shaped`: zeros of the
     input's shape, not one zero that is broadcast."""
 
     name: str
     parts: tuple[Part, ...]
-    leaves: tuple[str, ...]
+    inside: tuple[str, ...]
     zero: bool
     shaped: bool = False
 
@@ -68,7 +72,7 @@ class Removal:
     def _stand_in(self, part: Part) -> nn.Module:
         if part.plain and not self.zero:
             return nn.Identity()
-        return _passing(part.outputs, self.zero, self.shaped)
+        return _passing(part, self.zero, self.shaped)
 
     def trouble(self, model: nn.Module, example: Tensor) -> str:
         """Why the model does not run as before without it; '' where it does."""
@@ -86,9 +90,9 @@ class Removal:
         return "" if shapes[0] == shapes[1] else "without it the model's output changes its shape"
 
 
-def _passing(outputs: int, zero: bool, shaped: bool) -> nn.Module:
+def _passing(part: Part, zero: bool, shaped: bool) -> nn.Module:
     """A module of torch's own that gives its first input, or zero, whatever else it is given."""
-    graph = fx.Graph()
+    graph, root = fx.Graph(), nn.Module()
     x = graph.placeholder("hidden_states")
     graph.placeholder("*args")
     graph.placeholder("**kwargs")
@@ -97,8 +101,13 @@ def _passing(outputs: int, zero: bool, shaped: bool) -> nn.Module:
         made = graph.call_function(torch.zeros_like, (x,))
     elif zero:
         made = graph.call_method("new_zeros", (x, ()))
-    graph.output((made, *[None] * (outputs - 1)) if outputs else made)
-    return fx.GraphModule(nn.Module(), graph)
+    if part.attention:
+        root.__dict__.update(_NO_ATTENTION)
+        with warnings.catch_warnings(action="ignore"):
+            for name in _NO_ATTENTION:  # what a graph reads is kept, and copied, by its module
+                graph.get_attr(name)
+    graph.output((made, *[None] * (part.outputs - 1)) if part.outputs else made)
+    return fx.GraphModule(root, graph)
 
 
 def removals(model: nn.Module, run: Pass) -> tuple[list[Removal], list[Ignored]]:
@@ -256,12 +265,8 @@ class _Finder:
         return self._times[id(call.module)] == 1
 
     def _removal(self, name: str, calls: list[Call], zero: bool) -> Removal:
-        leaves = []
-        for call in calls:
-            for path, module in call.module.named_modules(prefix=call.path):
-                if next(module.children(), None) is None or module._parameters:
-                    leaves.append(path)
-        return Removal(name, tuple(_part(c) for c in calls), tuple(leaves), zero)
+        inside = [path for call in calls for path in self._inside(call.path)]
+        return Removal(name, tuple(_part(c) for c in calls), tuple(inside), zero)
 
     def _inside(self, path: str) -> list[str]:
         return [name for name, _ in self._model.get_submodule(path).named_modules(prefix=path)]
@@ -273,4 +278,4 @@ class _Finder:
 
 def _part(call: Call) -> Part:
     outputs = len(call.output) if isinstance(call.output, tuple) else 0
-    return Part(call.path, call.single, outputs)
+    return Part(call.path, call.single, outputs, isinstance(call.module, nn.MultiheadAttention))

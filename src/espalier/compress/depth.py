@@ -69,8 +69,8 @@ class BoundDepth(BoundCut):
         self.ignored = tuple(ignored)
         self._layers: dict[str, tuple[str, ...]] = {}
         for name, removal in self._found.items():
-            for leaf in removal.leaves:
-                self._layers[leaf] = (*self._layers.get(leaf, ()), name)
+            for path in removal.inside:
+                self._layers[path] = (*self._layers.get(path, ()), name)
 
     def apply(self, model: nn.Module, choices: Mapping[str, Option]) -> None:
         """Leave out the blocks that are chosen to be."""
@@ -79,7 +79,7 @@ class BoundDepth(BoundCut):
                 removal.apply(model)
 
     def layers(self) -> Mapping[str, tuple[str, ...]]:
-        """Leaf layer -> the blocks it is in."""
+        """Layer, or module that holds layers -> the blocks it is in."""
         return self._layers
 
     def slice(self, name: str, layer: nn.Module, choices: Mapping[str, Option]) -> nn.Module | None:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.attention import Attention
+from espalier.compress.attention_graph import plain_attention
+from espalier.compress.calls import Call, follow
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.matched import matched
 from espalier.compress.units import Unit, Units
@@ -50,6 +53,7 @@ class Pretrained(Family):
         self.shape, self.classes = tuple(example.shape[1:]), _classes(self.model, self._example)
         wanted = sorted(_default() if cuts is None else cuts, key=_rank)
         self._settings = tuple(wanted)
+        self._attended: dict[str, Call] | None = None
         self.cuts: tuple[BoundCut, ...] = tuple(self._bound(cut) for cut in wanted)
         self._open()
 
@@ -102,6 +106,12 @@ class Pretrained(Family):
             own = {d.name: choices.get(d.name, d.options[-1]) for d in cut.decisions}
             if any(own[d.name] != d.options[-1] for d in cut.decisions):
                 cut.apply(network, own)
+        if any(isinstance(module, Attention) for module in network.modules()):
+            if self._attended is None:
+                calls = follow(self.model, self._example[:1]).calls
+                attends = [c for c in calls if isinstance(c.module, nn.MultiheadAttention)]
+                self._attended = {c.path: c for c in attends}
+            plain_attention(network, self._attended)
         return network.eval()
 
     def example(self, batch: int = 1) -> Tensor:
@@ -142,10 +152,12 @@ class Pretrained(Family):
         """A row a decision (decision, kind, layers it changes, options, original), then a row for
         each layer that is left alone (kind, layers, reason)."""
         rows: list[dict[str, Any]] = []
+        modules = self.model.named_modules()
+        leaves = {path for path, m in modules if m._parameters or next(m.children(), None) is None}
         for cut in self.cuts:
             layers: dict[str, list[str]] = {}
             for path, names in cut.layers().items():
-                for name in names:
+                for name in names if path in leaves else ():
                     layers.setdefault(name, []).append(path)
             for decision in cut.decisions:
                 options = list(decision.options)
@@ -163,7 +175,7 @@ class Pretrained(Family):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_units": None}
+        return self.__dict__ | {"_units": None, "_attended": None}
 
 
 def _default() -> tuple[Cut, ...]:
