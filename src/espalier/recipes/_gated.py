@@ -31,12 +31,12 @@ _FINE, _SCORES = 51, 52  # purposes of random streams
 class Bed:
     """A task, the network that is trained on it, its training, and how it is trained on."""
 
-    task: str = "cifar10:size=16,train=3000,validation=500,test=2000"
-    widths: tuple[int, ...] = (16, 32, 64)
+    task: str = "digits:train=900,validation=200,test=697"
+    widths: tuple[int, ...] = (8, 12, 16)
     blocks: int = 1
-    training: Training = field(default_factory=lambda: Training(epochs=10, lr=0.1))
-    search: Settings = field(default_factory=lambda: replace(SETTINGS, epochs=6))
-    fine: Training = field(default_factory=lambda: Training(epochs=6, lr=0.02))
+    training: Training = field(default_factory=lambda: Training(epochs=30, lr=0.1))
+    search: Settings = field(default_factory=lambda: replace(SETTINGS, epochs=10, lr=0.05))
+    fine: Training = field(default_factory=lambda: Training(epochs=10, lr=0.05))
 
     def original(self, task: Task, seed: int) -> nn.Module:
         """The trained network."""

@@ -22,18 +22,22 @@ class BinaryUnits(UnitGates):
     """A number a unit: above `threshold` the unit is on; the gradient passes straight through.
 
     As many as the smallest option wants are on in any case, those with the largest numbers. Numbers
-    stay in 0..1, so that no unit moves out of reach, and a unit that is off can come back.
+    stay in 0..1, so that no unit moves out of reach, and a unit that is off can come back. Units start
+    at `begin`, alike, or `spread` apart between the least and the most important in their group.
     """
 
-    def __init__(self, threshold: float = 0.5, begin: float = 1.0) -> None:
-        self.threshold, self.begin = threshold, begin
+    def __init__(self, threshold: float = 0.5, begin: float = 0.6, spread: float = 0.0) -> None:
+        self.threshold, self.begin, self.spread = threshold, begin, spread
 
     def first(self, names: Sequence[str], generator: torch.Generator) -> dict[str, Tensor]:
-        """`begin`, but for a thousandth that breaks ties."""
-        return {
-            name: self.begin - _SPREAD * torch.rand(self.gated.units[name], generator=generator)
-            for name in names
-        }
+        """`begin` and what the rank of importance adds, but for a thousandth that breaks ties."""
+        found, out = self.gated.importances(), {}
+        for name in names:
+            units = self.gated.units[name]
+            rank = found[name].cpu().argsort().argsort().float() / max(1, units - 1)
+            drawn = torch.rand(units, generator=generator)
+            out[name] = self.begin + self.spread * (rank - 0.5) - _SPREAD * drawn
+        return out
 
     def weights(self, logits: Logits, moment: Moment) -> Mixture:
         """Masks of 0 and 1."""

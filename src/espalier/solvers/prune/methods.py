@@ -24,6 +24,7 @@ from espalier.solvers.prune.topk import TopUnits
 from espalier.solvers.relax import FirstOrder, Settings, Term
 from espalier.tasks import Task
 from espalier.train.loop import Progress, steps_of
+from espalier.train.schedules import linear
 
 if TYPE_CHECKING:
     from espalier.compress.pretrained import Pretrained
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Within = Limits | Iterable[Limit]
 
 _TRAVEL, _FASTEST = 4.0, 0.1  # of gates that go from 1 to 0: in all, in a step
+_HARDER = 5.0  # the pressure in the end, so that gates end where they are asked to
 
 # a trained model learns on: slower than from the start, and its architecture faster than DARTS's
 SETTINGS = Settings(
@@ -94,7 +96,8 @@ def pas(
     """Pruning as search: a binary gate a unit, learned with the weights on the same batches.
 
     Gates do not look at magnitudes: they begin open and close where the loss resists least to
-    `pressure` (cost / target - 1)^2, whose target narrows to the limit, and may open again. `rate`: how far gates move in a step at
+    `pressure` (cost / target - 1)^2, whose target narrows to the limit while the pressure grows fivefold,
+    and may open again. `rate`: how far gates move in a step at
     first, on average; by default such that one could go from open to closed four times. Source: Li et al., Pruning-as-Search: Efficient Neural Architecture Search via Channel
     Pruning and Structural Reparameterization, IJCAI 2022. Errors: as of `dsa`.
     """
@@ -105,7 +108,7 @@ def pas(
         rate = min(_FASTEST, _TRAVEL / steps)
     whole = budget.costs(np.ones(len(budget.names)))
     costs = [
-        Narrowing(one, cost, coefficient=pressure)
+        Narrowing(one, cost, coefficient=linear(pressure, _HARDER * pressure))
         for one, cost in zip(budget.capped, whole, strict=True)
     ]
     return prune(
