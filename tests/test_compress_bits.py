@@ -92,6 +92,8 @@ def test_every_layer_has_a_decision_that_ends_in_float() -> None:
     assert all(d.options == (4, 8, 32) for d in bound.decisions)
     assert bound.layers() == {name: (f"bits:{name}",) for name in LAYERS}
     assert bound.simulated == (4,)
+    assert "4 bits are simulated" in bound.note
+    assert Bits().bind(net(), torch.randn(2, 1, 8, 8)).note == ""
     assert bound.ignored == ()
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from espalier.compress.ranges import calibrate
+from espalier.costs import OnnxRuntime
 from espalier.costs.count import count
+from espalier.costs.onnx_file import price_onnx
 from espalier.errors import EspalierError, ExportError
 from espalier.export import export, to_onnx
 from espalier.export.quantisers import Quantised, Quantiser, quantised, round_output, unquantised
@@ -168,6 +170,25 @@ def test_bytes_are_those_of_the_file() -> None:
     counted = count(packed, torch.randn(1, 256)).bytes
     assert counted == 256 * 256 // 2 + 4 * 256 * 8 + 4 * 256
     assert counted < len(to_onnx(packed, torch.randn(1, 256), fast=True)) < 1.03 * counted
+
+
+def test_a_file_of_integers_is_priced_like_its_network(tmp_path: Path) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = count(network, x)
+    network[0], network[3] = quantised(network[0], 8), quantised(network[3], 8)
+    calibrate(network, x)
+    path = tmp_path / "whole.onnx"
+    path.write_bytes(to_onnx(network, x[:1], fast=True))
+    found = price_onnx(path, OnnxRuntime(seconds=0.01))
+    assert found["params"].value == before.params
+    assert found["macs"].value == before.macs
+    assert found["activation_bytes"].value == before.activation_bytes
+    packed = nn.Sequential(quantised(nn.Linear(64, 5), 4, block=32))
+    path.write_bytes(to_onnx(packed, torch.randn(1, 64), fast=True))
+    assert price_onnx(path, OnnxRuntime(seconds=0.01))["params"].value == 64 * 5 + 5
 
 
 def test_counts_see_one_layer_and_no_quantisers() -> None:

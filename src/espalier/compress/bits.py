@@ -114,6 +114,16 @@ class BoundBits(BoundCut):
         least = 4 if self.cut.weights_only else 8
         return tuple(bits for bits in self.cut.options if bits < least)
 
+    @property
+    def note(self) -> str:
+        """What must be known of a decision's options; '' where nothing."""
+        if not self.simulated:
+            return ""
+        bits = " and ".join(map(str, self.simulated))
+        return (
+            f"{bits} bits are simulated: counted in bytes, no faster than the next kernel there is"
+        )
+
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Each layer's own decision."""
         return {name: (f"{self.cut.kind}:{name}",) for name in self.names}

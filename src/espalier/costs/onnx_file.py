@@ -22,10 +22,12 @@ def price_onnx(
 ) -> dict[str, Reading]:
     """Prices an ONNX file: params, macs, activation_bytes, bytes, latency_ms.
 
-    - `params`: elements of its initialisers, those of 64-bit whole numbers (shapes) left out.
-      Exporters fold batch-norms away, so it can differ from the torch network's.
+    - `params`: elements of its initialisers; those of 64-bit whole numbers (shapes) and scales and
+      zero points of quantised tensors left out. Exporters fold batch-norms away, so it can differ
+      from the torch network's.
     - `macs`, `activation_bytes`: of one run at the runtime's batch, from the graph's inferred
-      shapes; left out where shapes can't be inferred. For activation_bytes see `costs.count`.
+      shapes; left out where shapes can't be inferred. For activation_bytes see `costs.count`;
+      quantised tensors count as the float ones that they stand for.
     - `bytes`: the file and its external data on disk.
     - `latency_ms`: measured; the spread is the half-width of the median's 95% interval.
 
@@ -101,8 +103,26 @@ def _set_batch(model: Any, batch: int, path: Path) -> None:
 
 
 def _params(model: Any) -> int:
-    whole = onnx.TensorProto.INT64
-    return sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type != whole)
+    levels = {n for node in model.graph.node if node.op_type in _ROUND for n in node.input[1:]}
+    packed = {n.input[1]: _of(n, "K") * _of(n, "N") for n in _nbits(model)}
+    levels |= {name for node in _nbits(model) for name in node.input[2:]}
+    return sum(
+        packed.get(t.name, math.prod(t.dims))
+        for t in model.graph.initializer
+        if t.data_type != onnx.TensorProto.INT64 and t.name not in levels
+    )
+
+
+_ROUND = ("QuantizeLinear", "DequantizeLinear")
+
+
+def _nbits(model: Any) -> list[Any]:
+    """Products whose weights are packed into few bits."""
+    return [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+
+
+def _of(node: Any, name: str) -> int:
+    return next(int(a.i) for a in node.attribute if a.name == name)
 
 
 def _size(path: Path, model: Any) -> int:
@@ -120,7 +140,7 @@ def _size(path: Path, model: Any) -> int:
 
 # --- the graph as a record ---------------------------------------------------------------------
 
-_VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"}
+_VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", *_ROUND}
 _POINTWISE = {
     "Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu",
     "Selu", "Gelu", "Erf", "Softplus", "Mish", "Swish", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt",
@@ -142,7 +162,7 @@ def _record(model: Any) -> Record:
 
     run.inputs = tuple(storage(value.name) for value in _inputs(model))
     for node in model.graph.node:
-        if node.op_type == "Constant":
+        if node.op_type == "Constant" or (node.op_type in _ROUND and node.input[0] in weights):
             weights.update(node.output)
             continue
         reads = tuple(storage(n) for n in node.input if n and n not in weights)
