@@ -219,5 +219,15 @@ Two things of the authors' counter are kept so that numbers compare: the penalty
 and later groups of plain blocks only, and the classifier is not counted. One is not: behind a
 squeeze and excitation it takes feature maps for 1x1, so that it gives the published 29M 11,870.70
 where the formula gives 19,091.26. The published R18 needs 1.837 billion where its budget is 1.82.
+
+Obtained here (`benchmarks/deepmad.py`: 50 s beside ten other processes, which left 11 to 14 s of one
+core; on an idle core designs get better):
+
+| budget | limits: billions, millions, effectiveness | published score | score | uses |
+| --- | --- | --- | --- | --- |
+| R18 | 1.82, 11.69, 0.3 | 32,085.40 (over budget) | 34,073.93 | 1.789, 11.69, 0.2985 |
+| R34 | 3.68, 21.80, 0.3 | 43,107.87 | 46,987.77 | 3.671, 21.79, 0.2973 |
+| R50 | 4.13, 25.55, 0.3 | 48,884.47 | 51,714.67 | 4.127, 25.55, 0.2993 |
+| 29M | 4.50, 29.00, 0.5 | 19,091.26 | 22,639.04 | 4.500, 28.06, 0.4427 |
 """,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,9 @@ class Solution:
     """What a program gave.
 
     `bound`: no candidate that keeps the limits has less harm. `optimal`: it was proved that none is
-    better than `harm` by more than `rounding`, what numbers lost when they were made whole: less
-    than 1e-9 of the harm that greedy allocation reaches; 0 where harms are whole numbers.
+    better than `harm` by more than `rounding`, what numbers lost when they were made whole: about
+    1e-12 a table of the harm that was known before, by greedy allocation or as the hint (of all
+    harm where nothing was); 0 where harms are whole numbers. `by` is "program" or "greedy".
     """
 
     candidate: Candidate
@@ -42,7 +43,7 @@ class Solution:
     optimal: bool
     seconds: float
     rounding: float = 0.0
-    by: str = field(default="program")
+    by: str = "program"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
