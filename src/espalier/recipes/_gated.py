@@ -63,12 +63,21 @@ LARGE = Bed(
     replace(SETTINGS, epochs=20, batch=128),
     Training(epochs=40, batch=128, lr=0.02),
 )
-BEDS: Mapping[str, Bed] = {"smoke": SMOKE, "cpu": Bed(), "gpu": LARGE}
+# where cuts still cost: images of objects, and a network that has not learned them by heart
+CIFAR = Bed(
+    "cifar10:size=16,train=3000,validation=500,test=2000",
+    (16, 32, 64),
+    training=Training(epochs=10, lr=0.1),
+    search=replace(SETTINGS, epochs=6),
+    fine=Training(epochs=6, lr=0.02),
+)
+BEDS: Mapping[str, Bed] = {"smoke": SMOKE, "cpu": Bed(), "cifar": CIFAR, "gpu": LARGE}
 
 
-def cuttable(model: nn.Module, task: Task) -> Pretrained:
-    """The model as a family of its widths, channel by channel."""
-    return Pretrained(model, torch.zeros(2, *task.shape), (Widths(multiple=1, steps=10_000),))
+def cuttable(model: nn.Module, task: Task, multiple: int = 1) -> Pretrained:
+    """The model as a family of its widths, channel by channel or by so many at once."""
+    widths = Widths(multiple=multiple, steps=10_000)
+    return Pretrained(model, torch.zeros(2, *task.shape), (widths,))
 
 
 def macs(network: nn.Module, task: Task) -> int:
