@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,15 +14,16 @@ from espalier.compress import Bits, Cut, Depth, Pretrained, Sparsity, Widths
 from espalier.compress.importance import scores
 from espalier.compress.widths import BoundWidths
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
-from espalier.errors import BudgetError, EspalierError, StudyError, unknown
+from espalier.errors import BudgetError, EspalierError, unknown
 from espalier.estimators.calibration import Measure
 from espalier.flows.fitting import fitted
 from espalier.flows.given import ModelLike, given_model
-from espalier.flows.measuring import free_folder, plain_runtime, withdraw
+from espalier.flows.measuring import free_folder, withdraw
 from espalier.flows.pricing import check_names
 from espalier.flows.progress import Display, Silent
 from espalier.flows.repairing import repair_all
 from espalier.flows.rivals import rivals
+from espalier.flows.shrink_identity import nothing_paid, paid, shrink_identity
 from espalier.flows.shrinking import Shrinking
 from espalier.flows.shrunk import Shrunk
 from espalier.flows.solving import check_counted, check_names_of, chosen, solve_by
@@ -106,10 +103,10 @@ def shrink(
     family = pretrained(module, one, task, cuts, _name(model, module), seed)
     runtime = on or OnnxRuntime()
     folder = Path(out) if out is not None else free_folder(f"{task.name}-{family.name}-small")
-    identity = _identity(family, task, asked, runtime, solver, measure, seed)
-    identity |= {"repair": repair, "baselines": baselines, "cuts": [_settings(c) for c in cuts]}
+    identity = shrink_identity(family, task, asked, runtime, solver, measure, seed, cuts)
+    identity |= {"repair": repair, "baselines": baselines}
     settings = {"budget": str(spend)}
-    paid = {} if reuse is None else _paid(Path(reuse), identity)
+    taken = {} if reuse is None else paid(Path(reuse), identity)
     study = (
         Study.resume(folder, identity) if resume else Study.create(folder, identity, settings, seed)
     )
@@ -120,13 +117,13 @@ def shrink(
                 show.note(text)
             study.event("phase", name="reading the model", seconds=time.time() - began)
             job = Shrinking(
-                family, task, asked, runtime, study, seed, spend, show, repair, recipe, measure, paid
+                family, task, asked, runtime, study, seed, spend, show, repair, recipe, measure, taken
             )  # fmt: skip
             return _run(job, solver, baselines, began)
     except EspalierError as error:
         if resume:
             raise
-        if _nothing_paid(folder):
+        if nothing_paid(folder):
             withdraw(folder)
             raise
         raise type(error)(f"{error}; what was measured is kept: reuse {folder}") from error
@@ -220,76 +217,3 @@ def _name(model: ModelLike, module: nn.Module) -> str:
     if isinstance(model, (str, Path)):
         return Path(model).stem
     return type(module).__name__.lower()
-
-
-def _identity(
-    family: Pretrained,
-    task: Task,
-    asked: Sequence[Limit],
-    runtime: OnnxRuntime,
-    solver: str,
-    measure: Measure,
-    seed: int,
-) -> dict[str, Any]:
-    """What must be the same when a study is resumed."""
-    return {
-        "model": _fingerprint(family.model),
-        "shape": list(family.shape),
-        "classes": family.classes,
-        "space": family.space.fingerprint,
-        "decisions": family.space.to_json(),
-        "task": task.name,
-        "data": task.fingerprint,
-        "limits": [str(x) for x in asked],
-        "runtime": plain_runtime(runtime),
-        "solver": solver,
-        "measure": measure,
-        "seed": seed,
-    }
-
-
-def _settings(cut: Cut) -> dict[str, Any]:
-    """What a cut was made with, tensors by their presence alone."""
-    made: dict[str, Any] = {}
-    if is_dataclass(cut):
-        made = {f.name: getattr(cut, f.name) for f in fields(cut)}
-    plain = (str, int, float, bool, tuple, type(None))
-    return {"kind": cut.kind, **{k: v if isinstance(v, plain) else True for k, v in made.items()}}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A hash of the model's class names and weights."""
-    digest = hashlib.sha256(" ".join(type(m).__qualname__ for m in model.modules()).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).double().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-_SAME = ("model", "shape", "space", "cuts", "data", "measure", "seed")
-_TAKEN = ("images",)
-
-
-def _nothing_paid(folder: Path) -> bool:
-    """Whether a study that was refused holds nothing that another could reuse."""
-    with Study.open(folder) as study:
-        return not any(k == "latency table" or k.startswith("harm/") for k in study.recorded())
-
-
-def _paid(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier shrink of the same model recorded that does not depend on limits."""
-    with Study.open(folder) as other:
-        recorded = other.meta["identity"]
-        for key in _SAME:
-            if recorded.get(key) != json.loads(json.dumps(identity[key])):
-                raise StudyError(
-                    f"can't reuse {folder}: its {key} is {recorded.get(key)!r}, "
-                    f"this shrink's is {identity[key]!r}"
-                )
-        same_runtime = recorded.get("runtime") == identity["runtime"]
-        out = {}
-        for key, value in other.recorded().items():
-            timed = key in ("original latency", "latency table")
-            if (timed and same_runtime) or key in _TAKEN or key.startswith("harm/"):
-                out[key] = value
-    return out
