@@ -7,7 +7,7 @@ one storage: views share it, and an operation in place makes a new one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,14 +86,15 @@ class Pass:
         return call == outer
 
 
-def follow(model: nn.Module, example: Tensor) -> Pass:
+def follow(model: nn.Module, example: Tensor, steps: bool = True) -> Pass:
     """Runs a model once in evaluation mode and writes down its calls.
 
-    Errors: `EspalierError` where it does not run on the example.
+    Without `steps` the operations are not, which is quicker. Errors: `EspalierError` where it does not run on the example.
     """
     follower = _Follower(model)
     try:
-        with plain_attention(), deployed(model), follower.listening(model), follower:
+        mode = follower if steps else nullcontext()
+        with plain_attention(), deployed(model), follower.listening(model), mode:
             follower.run.output = model(example)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

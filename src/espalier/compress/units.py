@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from espalier.compress.beside import Beside
-from espalier.compress.calls import Call, Pass, Shape, follow
+from espalier.compress.calls import Call, Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.divided import Division, Piece, told
 from espalier.compress.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
@@ -57,17 +58,17 @@ class Units:
         self._tied = tied(model)
         self._runs: OrderedDict[tuple[Any, ...], _Run] = OrderedDict()
         self._shapes: dict[tuple[Any, ...], dict[tuple[str, int], Shape]] = {}
-        run = _Run(model, follow(model, example))
-        self._pieces = {p.name: p for p in Division(model, run.pass_, self._layers).pieces}
+        run = follow(model, example)
+        self._pieces = {p.name: p for p in Division(model, run, self._layers).pieces}
         for piece in self._pieces.values():
             piece.decisions |= self._claims(piece)
-        self._probe(run)
+        self._probe(_Run(model, example))
         widths = [d for d in self._shaping() if isinstance(d.options[-1], int)]
         self._beside = Beside(
-            run.pass_,
+            run,
             list(self._pieces.values()),
             widths,
-            lambda decision: self._run({decision.name: decision.options[0]}).pass_,
+            lambda d: follow(self._run({d.name: d.options[0]}).model, example),
         )
         for piece in self._pieces.values():
             piece.decisions |= self._beside.decisions(piece)
@@ -216,22 +217,25 @@ class Units:
         if key not in self._runs:
             while len(self._runs) >= _KEPT:
                 self._runs.popitem(last=False)
-            model = self._build(choices)
-            self._runs[key] = _Run(model, follow(model, self._example))
+            self._runs[key] = _Run(self._build(choices), self._example)
         self._runs.move_to_end(key)
         return self._runs[key]
 
 
 class _Run:
-    """A model that ran once, and its calls by module."""
+    """A model that runs once, when its calls are asked for."""
 
-    def __init__(self, model: nn.Module, run: Pass) -> None:
-        self.model, self.pass_ = model, run
-        self._calls: dict[tuple[str, int], Call] = {}
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model, self._example = model, example
+
+    @cached_property
+    def _calls(self) -> dict[tuple[str, int], Call]:
+        found: dict[tuple[str, int], Call] = {}
         turns: Counter[str] = Counter()
-        for call in run.calls:
-            self._calls[call.path, turns[call.path]] = call
+        for call in follow(self.model, self._example, steps=False).calls:
+            found[call.path, turns[call.path]] = call
             turns[call.path] += 1
+        return found
 
     def call(self, piece: Piece) -> Call | None:
         """The call that a piece is."""
