@@ -34,8 +34,8 @@ class Plan:
     task: str = "cifar10:size=16,train=3000,validation=500,test=4000"
     training: Training = field(default_factory=lambda: Training(epochs=12, lr=0.2))
     times: int = 1
-    widths: tuple[int, ...] = (96, 192)
-    depth: int = 3
+    widths: tuple[int, ...] = (128, 256)
+    depth: int = 2
     sparsity: float = 0.9
     size: int = 8  # outputs of a block
     sparsities: tuple[float, ...] = (0.7, 0.85, 0.9, 0.95)
