@@ -105,7 +105,7 @@ def follow(model: nn.Module, example: Tensor, steps: bool = True) -> Pass:
     return follower.run
 
 
-class _Follower(TorchDispatchMode):  # type: ignore[misc]
+class _Follower(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.run = Pass()
