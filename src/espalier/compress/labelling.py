@@ -219,10 +219,9 @@ def _ends(model: nn.Module, mode: Labelling) -> Iterator[None]:
 
     def hook(path: str) -> Any:
         def remember(module: nn.Module, given: Any, out: Any) -> None:
-            sides = [
-                [f.labels for t in outputs(side) for f in mode.get(t)] for side in (given, out)
-            ]
-            mode.trace.ends.setdefault(path, (sides[0], sides[1]))
+            kept = mode.trace.ends.setdefault(path, ([], []))  # a layer may run more than once
+            for side, values in zip(kept, (given, out), strict=True):
+                side += [f.labels for t in outputs(values) for f in mode.get(t)]
 
         return remember
 
