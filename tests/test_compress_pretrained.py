@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import espalier as esp
 from compress_toys import IMAGES, TOKENS, Language, Narrow, ViT, dense, resnet
-from espalier.compress import Depth, Pretrained, Sparsity
+from espalier.compress import Depth, Pretrained, Sparsity, Widths
 from espalier.compress.attention import Attention as CutAttention
 from espalier.compress.attention_graph import as_graph
 from espalier.compress.calls import follow
@@ -208,6 +208,17 @@ def test_what_cannot_be_read_is_one_line(model, example, says):
     with pytest.raises(EspalierError, match=says) as error:
         Pretrained(model, example, (Depth(),))
     assert "\n" not in str(error.value)
+
+
+def test_other_scores_keep_other_channels_in_the_same_space():
+    family = Pretrained(resnet(), IMAGES, (Widths(multiple=4), Depth()))
+    scores = torch.arange(8.0)  # the last ones are the most important
+    other = family.with_scores({"4.conv1": scores})
+    assert other.space == family.space
+    candidate = _active(family, {**family.original, "width:4.conv1": 4})
+    got = other.build(candidate)[4].conv1.weight
+    assert torch.equal(got, family.model[4].conv1.weight[4:])
+    assert torch.equal(other.build(other.original)(IMAGES + 1), family.model(IMAGES + 1))
 
 
 def test_refusals():

@@ -145,7 +145,7 @@ class Pretrained(Family):
         twin.cuts = tuple(
             cut.with_scores(scores) if hasattr(cut, "with_scores") else cut for cut in self.cuts
         )
-        twin._open()
+        twin._units = None  # the space is the same: only which channels go first is not
         return twin
 
     def explain(self) -> list[dict[str, Any]]:
