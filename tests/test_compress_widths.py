@@ -203,6 +203,20 @@ class GroupedQueries(nn.Module):
         return self.o(y.transpose(1, 2).flatten(2))
 
 
+class OneKey(GroupedQueries):
+    """All heads of queries on one of keys and values, copied by expanding."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.kv = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.rotated(self.q(x).view(b, n, self.heads, 4).transpose(1, 2))
+        k, v = (t[:, None].expand(b, self.heads, n, 4) for t in self.kv(x).split(4, -1))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Transformer(nn.Module):
     """Patches, a class token, positions, attention, a gated feed-forward layer."""
 
@@ -225,7 +239,11 @@ class Transformer(nn.Module):
         return self.head((x + self.down(F.silu(gate) * y))[:, 0])
 
 
-HEADS = {SelfAttention: ("attention.qkv", 4), GroupedQueries: ("attention.q", 2)}
+HEADS = {
+    SelfAttention: ("attention.qkv", 4),
+    GroupedQueries: ("attention.q", 2),
+    OneKey: ("attention.q", 4),
+}
 
 
 @pytest.mark.parametrize("attention", HEADS, ids=lambda f: f.__name__)
