@@ -185,6 +185,37 @@ def test_masks_compute_what_the_cut_network_does():
     assert torch.equal(gated(x), family().model(x))
 
 
+class Attends(nn.Module):
+    """A transformer's block on sequences `(b, n, 8)` and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down, self.linear = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        heads = [m(y).unflatten(-1, (-1, 2)).transpose(1, 2) for m in (self.q, self.k, self.v)]
+        seen = functional.scaled_dot_product_attention(*heads)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        x = x + self.down(functional.gelu(self.up(self.norm2(x))))
+        return self.linear(x.mean(1))
+
+
+def test_heads_carry_masks_and_what_a_norm_averages_does_not():
+    torch.manual_seed(0)
+    found = Pretrained(Attends(), torch.randn(2, 5, 8), (Widths(multiple=1, steps=4),))
+    gated = unit_gates(found).eval()
+    assert {gated.units[n] for n in gated.mixable} == {4, 12}  # heads, inner channels
+    smallest = {n: found.space[n].options[0] for n in gated.mixable}
+    gated.activate(found.space.candidate({**found.original, **smallest}))
+    x = torch.randn(3, 5, 8)
+    assert torch.allclose(gated(x), gated.network()(x), atol=1e-5)
+    gated.mix({})
+    assert torch.equal(gated(x), found.model(x))
+
+
 def test_masks_are_refused_by_name_and_length():
     gated, _ = product_toy()
     with pytest.raises(SpaceError, match="Did you mean"):

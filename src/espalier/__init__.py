@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from espalier.problem import Metric as Metric
     from espalier.problem import Metrics as Metrics
     from espalier.problem import Problem as Problem
+    from espalier.solvers import prune as prune
     from espalier.solvers import relax as relax
     from espalier.solvers import strategies as strategies
     from espalier.solvers.strategies import Strategy as Strategy
@@ -65,6 +66,7 @@ _ROOMS = {
     "estimators": "espalier.estimators",
     "export": "espalier.export",
     "nets": "espalier.nets",
+    "prune": "espalier.solvers.prune",
     "relax": "espalier.solvers.relax",
     "spaces": "espalier.space",
     "strategies": "espalier.solvers.strategies",
