@@ -92,9 +92,11 @@ class Quantised(nn.Module):
 
     def scales(self) -> Tensor:
         """The scales of the weights as they are now: fitted again where those have changed."""
-        now = (self.weight.data_ptr(), self.weight._version)
+        weight = self.weight
+        now = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if now != self._fitted:
-            self.weight_scale = self._fit()
+            with torch.inference_mode(False):  # they must stay of use in training
+                self.weight_scale = self._fit()
             self._fitted = now
         return self.weight_scale
 
