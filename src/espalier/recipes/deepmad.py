@@ -57,13 +57,13 @@ _SMALL = Wanted(
     deepest=6, channels=1,
 )  # fmt: skip
 _IMAGES = Wanted(
-    Layout((1, 2, 1, 2), 1), 16, 3e6, 60e3, 0.3, (1, 1, 8), stems=(8, 16), widest=192,
+    Layout((1, 2, 1, 2), 2), 16, 1.2e6, 80e3, 0.3, (1, 1, 8), stems=(8, 16), widest=192,
     deepest=12, uneven=1,
 )  # fmt: skip
 SCALES = {
     "smoke": Scale((), 20, "digits:train=128,validation=64,test=64", _SMALL, 2, 1),
     "cpu": Scale(
-        ("R18",), 20, "cifar10:size=16,train=2000,validation=500,test=2000", _IMAGES, 10, 5
+        ("R18",), 20, "cifar10:size=16,train=2000,validation=500,test=2000", _IMAGES, 10, 10
     ),
     "gpu": Scale(
         ("R18", "R34", "R50", "29M"), 50, "cifar10:size=16,train=20000,test=10000", _IMAGES, 10, 30
@@ -142,7 +142,7 @@ def _one(
     """A network trained alone: its design, its numbers, its accuracy on the test images."""
     with global_seed(seed):
         made = network(choices, wanted.layout, task.shape[0], task.classes)
-    train.fit(made, task, train.Recipe(epochs=epochs), seed)
+    train.fit(made, task, train.Recipe(epochs=epochs, lr=0.1), seed)
     accuracy = train.evaluate(made, task, "test")["accuracy"]
     return {"choices": dict(choices), **deepmad.measured(wanted, choices), "accuracy": accuracy}
 
@@ -229,5 +229,9 @@ core; on an idle core designs get better):
 | R34 | 3.68, 21.80, 0.3 | 43,107.87 | 46,987.77 | 3.671, 21.79, 0.2973 |
 | R50 | 4.13, 25.55, 0.3 | 48,884.47 | 51,714.67 | 4.127, 25.55, 0.2993 |
 | 29M | 4.50, 29.00, 0.5 | 19,091.26 | 22,639.04 | 4.500, 28.06, 0.4427 |
+
+Trained with the settings of the cpu scale, on one seed only: 41.4% for the design, 40.5% for the
+mean of 5 random networks (39.5% to 41.7%), 24.3% for the design without the limit, which is 39
+blocks deep. That is one seed of the five that the check is about.
 """,
 )
