@@ -228,8 +228,8 @@ def _onnx(model: bytes) -> Callable[[Tensor], Tensor]:
 RECIPE = Recipe(
     name="xgen",
     title="XGen: compression, fusion and kernels together",
-    source="Niu, Guan, Shen, Wang, Agrawal & Ren, Real-Time Execution of DNN Models on Edge Devices: "
-    "CoCoPIE's XGen, 2022 (https://arxiv.org/abs/2206.10620)",
+    source="Li, Ren, Shen & Wang, CoCoPIE XGen: A Full-Stack AI-Oriented Optimizing Framework, 2022 "
+    "(https://arxiv.org/abs/2206.10620)",
     parts=(
         "space: widths of coupled channels, then bits of every layer",
         "fusion: ONNX Runtime's graph optimisation (batch-norms, activations, blocked layouts)",
