@@ -46,7 +46,7 @@ class Setting:
 
 SCALES = {
     "smoke": Setting(BEDS["smoke"], Training(epochs=1, batch=32, lr=0.02), False, 1),
-    "cpu": Setting(replace(BEDS["cpu"], widths=(32, 48, 64)), Training(epochs=8, lr=0.05)),
+    "cpu": Setting(replace(BEDS["cpu"], widths=(32, 48, 64)), Training(epochs=14, lr=0.05)),
     "gpu": Setting(BEDS["gpu"], Training(epochs=40, batch=128, lr=0.05)),
 }
 

@@ -185,5 +185,9 @@ forward-only pattern takes (1/4 + 1 + 1)/3, so that forward-only training gets t
 What differs from the paper: CIFAR-10 at 16x16 and a CNN of some 120 thousand parameters instead of
 ResNets at full size; the array is this package's model of a systolic one, with sums shortened to what the
 pattern leaves, in the place of a circuit.
+
+One seed at the scale cpu: 48.4% on test, the dense training 50.6%, forward only 44.0%; the passes forward and
+backward take 27.7% and 25.0%, the array is 1.54 times as fast. So at equal work both directions are better than
+one, and in ten epochs a network this narrow loses 2.2 points, not 1.
 """,
 )

@@ -220,5 +220,9 @@ Passes are counted as forward and backward over all of train: an epoch of BiP ta
 and one for the scores. SNIP's network is trained from fresh weights, for as long as the dense one was and
 BiP's passes on top. What differs from the paper: a CNN of 39 thousand parameters on digits of 8x8 pixels (the
 gpu scale is CIFAR-10), weights of convolutions and of the classifier alike.
+
+One seed at the scale cpu (dense: 98.4% on test): at 80% zeros 98.0%, one-shot magnitude 97.8%, SNIP 98.7%,
+ten rounds 98.0%; at 95% zeros 97.4%, 97.4%, 96.7%, 97.7%. So ten rounds are matched with a third of their
+passes, and at 80% a network of this size can as well be masked before it is trained.
 """,
 )

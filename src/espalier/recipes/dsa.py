@@ -212,5 +212,9 @@ the weights that learned beside the shares: these saw one half of the data durin
 What differs from the paper: a CNN of 78 thousand parameters on CIFAR-10 at 16x16 and 6 epochs of search
 instead of ResNets and VGG at full size (the gpu scale has 20 layers and full images); masks multiply the weights that read a channel, so that channels behind
 shortcuts are removed whole.
+
+One seed at the scale cpu: 1,561,256 of 1,562,944 multiply-accumulates, 51.6% on test against 51.5% of a
+uniform ratio, 49.5% of global L1 and 51.2% of greedy rounds, which took 3.6 times as long. The original has
+48.2%: it had not learned to its end, and every cut network went on learning.
 """,
 )

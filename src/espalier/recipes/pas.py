@@ -139,7 +139,7 @@ def gated(model: Branched, family: Pretrained) -> Gated:
 
 SCALES: Mapping[str, Bed] = {
     "smoke": BEDS["smoke"],
-    "cpu": BEDS["cpu"],
+    "cpu": replace(BEDS["cpu"], widths=(16, 24, 32)),
     "gpu": BEDS["gpu"],
 }
 
@@ -257,5 +257,9 @@ The gates move by plain descent with momentum, in steps that fall with the learn
 (macs / target - 1)^2 and grows to five times that; the target goes from the whole network to the limit over the first 60% of the search,
 so that gates close one after the other. What differs from the paper: that narrowing; digits of 8x8 pixels
 and seven blocks instead of ImageNet (the gpu scale is CIFAR-10), no distillation.
+
+One seed at the scale cpu: the gates ended 1.3% above the target and the network 0.1% below it; 97.7% on
+test, as much as L1 at one ratio, 1.4 points more than L1 over all layers, 0.7 less than the original. So the
+target and the fold hold and the gain over one ratio does not show on a network of this size.
 """,
 )
