@@ -180,5 +180,8 @@ each threshold is wherever its level's budget is just kept.
 Spread is the standard deviation of latency over frequencies as a share of the mean. What differs from the
 paper: channels instead of blocks of weights, frequencies are emulated; digits of 8x8 pixels (the gpu scale is
 CIFAR-10).
+
+One seed at the scale cpu: every level is as good as the same ratio alone or better (by 0 to 1.9 points), all take
+1.04 times the bytes of one model, and the spread of latency is 0.065 against 0.192.
 """,
 )
