@@ -24,9 +24,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import espalier as esp
 import models
-from espalier.compress import Pretrained, Widths
+from espalier.compress import Depth, Pretrained, Widths
 from espalier.compress.repair import reconstruct
-from espalier.errors import EspalierError
+from espalier.errors import BudgetError, EspalierError
 from espalier.recipes._measured import Processor
 from espalier.tasks import Task
 from espalier.train import recalibrate
@@ -205,8 +205,11 @@ class Espalier:
     The later shares reuse the table of latencies and the profile of the first.
     """
 
-    def __init__(self, job: Job, decisions: Sequence[str] = ("width", "depth")) -> None:
-        self.job, self.decisions = job, decisions
+    # a quarter of the latency of so small a network needs less than an eighth of some widths
+    decisions = (Widths(least=0.05, steps=10), Depth())
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
 
     def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
         """A cut for each share."""
@@ -214,21 +217,15 @@ class Espalier:
         found: dict[float, Cut | None] = {}
         for share in sorted(shares, reverse=True):
             start = time.perf_counter()
-            out = job.folder / "-".join(["shrink", job.name, str(job.seed), f"{share:g}", str(time.time_ns())])  # fmt: skip
-            shrunk = esp.shrink(
-                job.original,
-                job.task,
-                within={"latency_ms": f"{100 * share:g}%"},
-                budget=job.plan_seconds,
-                decisions=self.decisions,
-                repair=False,
-                baselines=False,
-                seed=job.seed,
-                out=out,
-                reuse=first,
-            )
+            # a folder of its own each time: what was stopped halfway is done again whole
+            out = job.folder / f"shrink-{job.name}-{job.seed}-{share:g}-{time.time_ns()}"
+            try:
+                network = self._shrunk(share, out, first)
+            except BudgetError as error:
+                print(f"{job.name} at {share:.0%}: {error}", flush=True)
+                found[share] = None
+                continue
             first = first or out
-            network = shrunk.network()
             spent, mending = time.perf_counter() - start, time.perf_counter()
             order = torch.Generator().manual_seed(job.seed)
             x, _ = next(iter(job.task.batches("train", EXAMPLES, order)))
@@ -236,6 +233,20 @@ class Espalier:
             mended = time.perf_counter() - mending
             found[share] = Cut(network, job.ratio(network), spent, None, mended)
         return found
+
+    def _shrunk(self, share: float, out: Path, reuse: Path | None) -> nn.Module:
+        return esp.shrink(
+            self.job.original,
+            self.job.task,
+            within={"latency_ms": f"{100 * share:g}%"},
+            budget=self.job.plan_seconds,
+            decisions=self.decisions,
+            repair=False,
+            baselines=False,
+            seed=self.job.seed,
+            out=out,
+            reuse=reuse,
+        ).network()
 
 
 def method(name: str, job: Job) -> Method | Espalier:
