@@ -49,10 +49,10 @@ class Bed:
 
 
 SMOKE = Bed(
-    "digits:train=96,validation=48,test=64",
+    "digits:train=64,validation=32,test=32",
     widths=(6, 8),
-    training=Training(epochs=2, lr=0.1, batch=32),
-    search=replace(SETTINGS, epochs=2, batch=32),
+    training=Training(epochs=1, lr=0.1, batch=32),
+    search=replace(SETTINGS, epochs=1, batch=32),
     fine=Training(epochs=1, lr=0.02, batch=32),
 )
 LARGE = Bed(

@@ -49,7 +49,7 @@ class Setting:
 
 
 SCALES = {
-    "smoke": Setting(BEDS["smoke"], rounds=2, each=2, after=1),
+    "smoke": Setting(BEDS["smoke"], rounds=2, each=1, after=1),
     "cpu": Setting(replace(BEDS["cpu"], widths=(16, 24, 40))),
     "gpu": Setting(replace(BEDS["gpu"], fine=Training(batch=128, lr=0.05)), each=20, after=46),
 }

@@ -40,7 +40,7 @@ class Setting:
 
 
 SCALES = {
-    "smoke": Setting(BEDS["smoke"], rounds=2, images=64),
+    "smoke": Setting(BEDS["smoke"], rounds=1, images=32),
     "cpu": Setting(),
     "gpu": Setting(BEDS["gpu"], rounds=16, images=12_800),
 }
