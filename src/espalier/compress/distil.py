@@ -55,7 +55,7 @@ class Teaching:
         with autocast(self.form, x.device.type):
             outputs = model(x)
         outputs = outputs.float()
-        total = outputs.new_zeros(())
+        total: Tensor = outputs.new_zeros(())
         if self.labels > 0:
             told = losses.hard(self.task, outputs, y, self.recipe.label_smoothing)
             total = total + self.labels * told

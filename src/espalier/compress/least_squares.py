@@ -65,7 +65,9 @@ def refit(moments: Moments, start: Tensor, ridge: float, mask: Tensor | None = N
     scale = float(moments.gram.diagonal().mean())
     if scale <= 0:
         return w  # nothing ever comes in
-    system = moments.gram + max(ridge, _LEAST) * scale * torch.eye(d, dtype=w.dtype, device=w.device)
+    system = moments.gram + max(ridge, _LEAST) * scale * torch.eye(
+        d, dtype=w.dtype, device=w.device
+    )
     # what is left to explain; the step from `start` that explains it best
     rest = moments.cross - w @ moments.gram
     if mask is None or bool(mask.all()):
