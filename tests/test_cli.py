@@ -19,7 +19,7 @@ import espalier as esp
 
 
 def task():
-    return esp.tasks.images("digits", train=256, validation=128, test=256)
+    return esp.tasks.images("digits", train=96, validation=64, test=96)
 
 
 def family(shape, classes):
@@ -111,7 +111,7 @@ def test_killed_at_random_instants_it_resumes_to_the_same_answer(
     resumed: list[str] = []
     for _ in range(3):
         process = subprocess.Popen(command(*words, *resumed), stderr=subprocess.PIPE)
-        deadline = time.time() + rng.uniform(4, 16)
+        deadline = time.time() + rng.uniform(3, 9)
         while process.poll() is None and time.time() < deadline:
             time.sleep(0.05)
         process.kill()

@@ -72,8 +72,8 @@ def test_the_product_form_multiplies_the_loss():
 
 
 def test_expected_cost_refuses_what_makes_no_sense():
-    with pytest.raises(EspalierError, match="linear, log, hinge, product"):
-        ExpectedCost(price, form="square")
+    with pytest.raises(EspalierError, match="linear, log, hinge, square, product"):
+        ExpectedCost(price, form="cubic")
     with pytest.raises(EspalierError, match="limit"):
         ExpectedCost(price, form="hinge")
     with pytest.raises(EspalierError, match="above 0"):
