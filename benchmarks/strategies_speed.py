@@ -1,12 +1,13 @@
 """How fast strategies propose, and what a trial on record costs, beside other packages.
 
-    python benchmarks/strategies_speed.py [--repeats 5] [--queries 200] [--autodl CHECKOUT]
+    python benchmarks/strategies_speed.py [--autodl CHECKOUT] [--awnas CHECKOUT] [--repeats 5]
 
 Every package in the same run, its own process and environment (see peers/environments.py), one
 thread, an objective that costs next to nothing: what is timed is asking and telling. Times are of
 the processor, which other work on the machine disturbs least; those of the wall's clock stand
 beside. `--autodl` is a checkout of github.com/D-X-Y/AutoDL-Projects, whose regularised evolution is
-run as it is. Writes results/strategies_speed.json beside this file.
+run as it is; `--awnas` one of github.com/walkerning/aw_nas, whose evolution knows the NAS-Bench-201
+space. Writes results/strategies_speed.json beside this file.
 
 Goals: 100 runs of 300 queries of regularised evolution (population 30, tournament 10, one at a time)
 on a table of NAS-Bench-201's size in under 5 seconds; under 1 ms for a trial recorded on disk.
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -117,11 +119,11 @@ def durable(trials: int, batch: int, seed: int, folder: str) -> dict[str, float]
 def peer(**request: Any) -> Times:
     """A peer's times. Errors: what the peer wrote, where it ends badly."""
     one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    own = {"archai": python("archai"), "awnas": Path(sys.executable)}
+    place = own[request["kind"]] if request["kind"] in own else python("bayes")
+    script = "awnas_peer.py" if request["kind"] == "awnas" else "speed_peer.py"
     done = subprocess.run(
-        [
-            str(python("archai" if request["kind"] == "archai" else "bayes")),
-            str(HERE / "speed_peer.py"),
-        ],
+        [str(place), str(HERE / script)],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -141,7 +143,7 @@ def row(times: Times, units: int) -> dict[str, float]:
     return {k: round(v, 4) for k, v in found.items()}
 
 
-def proposals(repeats: int, queries: int) -> dict[str, Any]:
+def proposals(repeats: int, queries: int, awnas: Path | None) -> dict[str, Any]:
     """Ask and tell of each strategy, in each space, in each batch size."""
     out: dict[str, Any] = {}
     for label, counts in COUNTS.items():
@@ -161,6 +163,15 @@ def proposals(repeats: int, queries: int) -> dict[str, Any]:
                     repeats=repeats,
                 )
                 here[name] = row(times, queries)
+            if awnas and label == "nb201":
+                times = peer(
+                    kind="awnas",
+                    checkout=str(awnas.resolve()),
+                    batch=batch,
+                    queries=queries,
+                    repeats=repeats,
+                )
+                here["awnas-evolution"] = row(times, queries)
             out[f"{label}, batch {batch}"] = here
             for name, found in here.items():
                 rate = 1e3 / found["cpu_ms"]
@@ -216,6 +227,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--autodl", type=Path, help="a checkout of AutoDL-Projects")
+    parser.add_argument("--awnas", type=Path, help="a checkout of aw_nas")
     args = parser.parse_args()
     result: dict[str, Any] = {
         "queries": args.queries,
@@ -247,7 +259,7 @@ def main() -> None:
             f"100 runs of 300 queries, {name}: {median(cpu):.2f} s ({min(cpu):.2f} to {max(cpu):.2f})"
         )
     result["records"] = records(args.repeats, args.queries)
-    result["ask_and_tell_ms"] = proposals(args.repeats, args.queries)
+    result["ask_and_tell_ms"] = proposals(args.repeats, args.queries, args.awnas)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {RESULT.name}")
