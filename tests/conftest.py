@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +21,25 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real data: set ESPALIER_DATA to its folder (see the docs)")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def tables_once() -> Iterator[None]:
+    """Within a module, a latency table is measured once for each space and runtime.
+
+    For tests of what is done with a table; how it is measured has tests of its own.
+    """
+    from espalier.costs import PredictedLatency
+
+    calibrate, known = PredictedLatency.calibrate, dict[tuple[str, str], dict[str, Any]]()
+
+    def once(self: PredictedLatency, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        key = self.space.fingerprint, repr(self.runtime)
+        if key not in known:
+            known[key] = calibrate(self, *args, **kwargs)
+        self._use(type(self).from_json(self.family, self.runtime, known[key])._calibrated())
+        return dict(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PredictedLatency, "calibrate", once)
+        yield

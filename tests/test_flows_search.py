@@ -18,6 +18,8 @@ from espalier.flows.plan import Plan, make_plan
 from espalier.flows.progress import Silent
 from espalier.problem import SearchBudget
 
+pytestmark = pytest.mark.usefixtures("tables_once")
+
 TINY = Plan(supernet_epochs=2, trials=16, population=8, finalists=1, final_epochs=3)
 RECIPE = esp.Recipe(batch=64)
 WITHIN = {"params": "30k", "macs": "<= 1M"}
@@ -44,7 +46,7 @@ def small_family(shape: tuple[int, ...], classes: int) -> esp.Family:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> esp.Found:
+def found(tables_once: None, tmp_path_factory: pytest.TempPathFactory) -> esp.Found:
     made = tiny_search(tmp_path_factory.mktemp("search") / "run")
     made.publish()
     return made
