@@ -33,7 +33,7 @@ from espalier.recipes import _one_shot as one_shot
 RESULT = Path(__file__).parent / "results" / "one_shot_rank.json"
 # in the order in which they run
 METHODS = (
-    "default",
+    "late",
     "one_block",
     "close",
     "split_by_gradients",
