@@ -104,12 +104,12 @@ def test_report_writes_the_page_again(finished: tuple[Path, dict[str, Any]]) -> 
 def test_killed_at_random_instants_it_resumes_to_the_same_answer(
     own: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """SIGKILL twice in one study, then to the end. The ledger itself is killed at twenty
+    """SIGKILL three times in one study, then to the end. The ledger itself is killed at twenty
     instants in test_study_kill.py; here it is the whole flow: training, workers, measuring."""
     rng = random.Random(7)
     words = search_words(own, tmp_path / "run")
     resumed: list[str] = []
-    for _ in range(2):
+    for _ in range(3):
         process = subprocess.Popen(command(*words, *resumed), stderr=subprocess.PIPE)
         deadline = time.time() + rng.uniform(3, 9)
         while process.poll() is None and time.time() < deadline:

@@ -68,7 +68,8 @@ def test_the_tutorial_runs_from_top_to_bottom(
     printed = capsys.readouterr().out
     assert "(64, 10)" in printed
     # a baseline that breaks the limit as measured is left out, which a busy machine can cause
-    assert all(entry.name in printed for entry in found.baselines)
+    shown = {name for name in ("scaled by hand", "random search") if name in printed}
+    assert shown == {entry.name for entry in found.baselines}
 
 
 @pytest.fixture

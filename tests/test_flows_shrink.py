@@ -240,10 +240,10 @@ TIMED = {
 def timed(tmp_path_factory: pytest.TempPathFactory) -> esp.Shrunk:
     # a disturbed timing can put a limit out of reach, which is then refused as it must be
     out, within = tmp_path_factory.mktemp("timed"), {LATENCY: "90%", "bytes": "90%"}
-    for attempt in range(4):
+    for attempt in range(3):
         with suppress(BudgetError):
             return tiny_shrink(out / str(attempt), within=within, **TIMED)
-    pytest.skip("the machine is too busy to measure microseconds on it")
+    return tiny_shrink(out / "last", within=within, **TIMED)
 
 
 def test_latency_is_kept_as_measured(timed: esp.Shrunk) -> None:

@@ -372,9 +372,9 @@ def test_every_strategy_searches_and_finds_the_same_again(
     results = []
     for run in "ab":
         with Study.create(tmp_path / run, toys.IDENTITY) as study:
-            results.append(toys.result(toys.search(study, strategy=name, trials=20, batch=batch)))
+            results.append(toys.result(toys.search(study, strategy=name, trials=30, batch=batch)))
     assert results[0] == results[1]
-    assert len(results[0]) == 20
+    assert len(results[0]) == 30
 
 
 def test_an_own_strategy_needs_only_ask_tell_state_load(study: Study) -> None:
