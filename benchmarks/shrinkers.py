@@ -24,7 +24,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import espalier as esp
 import models
-from espalier.compress import Depth, Pretrained, Widths
+from espalier.compress import Bits, Cut as Decisions, Depth, Pretrained, Widths
+from espalier.compress.ranges import calibrate
 from espalier.compress.repair import reconstruct
 from espalier.errors import BudgetError, EspalierError
 from espalier.recipes._measured import Processor
@@ -205,11 +206,8 @@ class Espalier:
     The later shares reuse the table of latencies and the profile of the first.
     """
 
-    # a quarter of the latency of so small a network needs less than an eighth of some widths
-    decisions = (Widths(least=0.05, steps=10), Depth())
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, decisions: Sequence[Decisions]) -> None:
+        self.job, self.decisions = job, decisions
 
     def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
         """A cut for each share."""
@@ -218,7 +216,9 @@ class Espalier:
         for share in sorted(shares, reverse=True):
             start = time.perf_counter()
             # a folder of its own each time: what was stopped halfway is done again whole
-            out = job.folder / f"shrink-{job.name}-{job.seed}-{share:g}-{time.time_ns()}"
+            kinds = "-".join(cut.kind for cut in self.decisions)
+            name = f"shrink-{job.name}-{kinds}-{job.seed}-{share:g}-{time.time_ns()}"
+            out = job.folder / name
             try:
                 network = self._shrunk(share, out, first)
             except BudgetError as error:
@@ -230,6 +230,7 @@ class Espalier:
             order = torch.Generator().manual_seed(job.seed)
             x, _ = next(iter(job.task.batches("train", EXAMPLES, order)))
             reconstruct(network, job.original, x, seed=job.seed)
+            calibrate(network, x)  # quantised tensors have other ranges now
             mended = time.process_time() - mending
             found[share] = Cut(network, job.ratio(network), spent, None, mended)
         return found
@@ -251,8 +252,8 @@ class Espalier:
 
 def method(name: str, job: Job) -> Method | Espalier:
     """A way to shrink by its name in the results."""
-    if name == "espalier":
-        return Espalier(job)
+    if name in OWN:
+        return Espalier(job, OWN[name])
     if name == "uniform width":
         return Uniform(job)
     environment, script, how = PEERS[name]
@@ -264,4 +265,11 @@ PEERS = {
     "torch-pruning local": ("torch-pruning", "torch_pruning_peer.py", "local"),
     "modelopt fastnas": ("modelopt", "modelopt_peer.py", "fastnas"),
 }
-METHODS = ("espalier", *PEERS, "uniform width")
+# a quarter of the latency of so small a network needs less than an eighth of some widths
+_SMALLER = (Widths(least=0.05, steps=10), Depth())
+OWN: Mapping[str, Sequence[Decisions]] = {
+    "espalier": _SMALLER,
+    "espalier bits": (Bits(),),
+    "espalier mix": (*_SMALLER, Bits()),
+}
+METHODS = (*OWN, *PEERS, "uniform width")
