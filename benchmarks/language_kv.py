@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from espalier.compress.language.cache_cuts import CacheBits, CacheRank, Spans, held
-from espalier.compress.language.cache_plan import Plan, Span
+from espalier.compress.language.cache.cuts import CacheBits, CacheRank, Spans, held
+from espalier.compress.language.cache.evict import Evicting
+from espalier.compress.language.cache.plan import Plan, Span
+from espalier.compress.language.cache.policy import Policy
 from espalier.compress.language.evaluate import scored, stretches, tokens_a_second
-from espalier.compress.language.evict import Evicting
 from espalier.compress.language.family import Language
-from espalier.compress.language.policy import Policy
 from espalier.costs.language import LanguageCounts
 from espalier.errors import BudgetError
 from espalier.flows.machine import machine

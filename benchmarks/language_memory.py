@@ -82,10 +82,10 @@ def write(place: Path, layers: int) -> int:
 
 def read(place: Path, mode: str, megabytes: int) -> dict[str, Any]:
     """In a process of its own: peak, loss and time of one way to read a model."""
-    from espalier.compress.language.folder import read_folder
-    from espalier.compress.language.held import Peak
-    from espalier.compress.language.layerwise import Layerwise
-    from espalier.compress.language.narrow_in_layers import Harms, narrow_room
+    from espalier.compress.language.files.folder import read_folder
+    from espalier.compress.language.layer_by_layer.held import Peak
+    from espalier.compress.language.layer_by_layer.layerwise import Layerwise
+    from espalier.compress.language.layer_by_layer.narrow import Harms, narrow_room
     from espalier.testing.language import tiny
 
     torch.set_num_threads(1)

@@ -21,14 +21,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from espalier.compress import Cut
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.experts import Experts
+from espalier.compress.language.experts.decisions import Experts
 from espalier.compress.language.family import Language
-from espalier.compress.language.places import places
-from espalier.compress.language.refit import refit
-from espalier.compress.language.rounding import packed_bytes
-from espalier.compress.language.sparse import SparseWeights
-from espalier.compress.language.structure import Blocks, Heads, SubLayers, Units
-from espalier.compress.language.weights import WeightBits
+from espalier.compress.language.repair.refit import refit
+from espalier.compress.language.shape.structure import Blocks, Heads, SubLayers, Units
+from espalier.compress.language.weights.bits import WeightBits
+from espalier.compress.language.weights.places import places
+from espalier.compress.language.weights.rounding import packed_bytes
+from espalier.compress.language.weights.sparse import SparseWeights
 from espalier.costs.language import LanguageCounts
 from espalier.errors import BudgetError
 from espalier.flows.language.building import early, late, reshaped

@@ -24,7 +24,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import espalier as esp
 import models
-from espalier.compress import Bits, Cut as Decisions, Depth, Pretrained, Widths
+from espalier.compress import Bits, Depth, Pretrained, Widths
+from espalier.compress import Cut as Decisions
 from espalier.compress.ranges import calibrate
 from espalier.compress.repair import reconstruct
 from espalier.errors import BudgetError, EspalierError

@@ -79,7 +79,7 @@ def test_experts_that_must_go(ways, tmp_path) -> None:
     share = 0.6
     gone = ways.experts_gone(mixture, share)
     assert gone is not None
-    from espalier.compress.language.surgery import keep_experts
+    from espalier.compress.language.shape.surgery import keep_experts
 
     def left(kept: int) -> float:
         import copy

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from espalier.compress.language import surgery
 from espalier.compress.language.anatomy import KINDS, anatomy
+from espalier.compress.language.shape import surgery
 from espalier.costs.language import LanguageCounts
 from espalier.space import Space, ordinal
 from espalier.testing.language import tiny
@@ -154,7 +154,7 @@ def test_packed_weights_cost_their_codes_and_scales() -> None:
 
 
 def test_sparse_weights_cost_what_their_cut_counts() -> None:
-    from espalier.compress.language.sparse import SparseWeights
+    from espalier.compress.language.weights.sparse import SparseWeights
 
     model = tiny("llama")
     cut = SparseWeights(shares=(0.5, 0.7)).bind(model, torch.zeros(1, 4, dtype=torch.long))

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("transformers")
 
 from espalier.compress.language.anatomy import KINDS, anatomy
-from espalier.compress.language.rounding import nearest
-from espalier.compress.language.surgery import drop, keep_heads, keep_units
+from espalier.compress.language.shape.surgery import drop, keep_heads, keep_units
+from espalier.compress.language.weights.rounding import nearest
 from espalier.errors import ExportError
 from espalier.export.cached import CachedSession, compare_cached, export_cached
 from espalier.export.cached_forward import CachedForward

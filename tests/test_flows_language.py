@@ -18,12 +18,12 @@ pytest.importorskip("ortools")
 
 from espalier.cli import app
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.distilling import distil
 from espalier.compress.language.family import Language
-from espalier.compress.language.refit import refit
-from espalier.compress.language.structure import Blocks
-from espalier.compress.language.surgery import drop, keep_units
-from espalier.compress.language.weights import WeightBits
+from espalier.compress.language.repair.distilling import distil
+from espalier.compress.language.repair.refit import refit
+from espalier.compress.language.shape.structure import Blocks
+from espalier.compress.language.shape.surgery import drop, keep_units
+from espalier.compress.language.weights.bits import WeightBits
 from espalier.errors import BudgetError
 from espalier.flows.language.limits import language_limits
 from espalier.flows.language.out import packed_weights
@@ -297,7 +297,7 @@ def test_layers_of_one_shape_become_a_folder_that_transformers_loads(place: Path
 
 
 def test_bits_of_the_cache_are_kept_in_a_policy_that_holds_what_was_counted(place: Path) -> None:
-    from espalier.compress.language.policy import Policy
+    from espalier.compress.language.cache.policy import Policy
 
     found = shrink_language(
         place / "llama", place / "text.txt", out=place / "cached", decisions="kv", repair=False,

@@ -17,9 +17,9 @@ pytest.importorskip("transformers")
 import transformers
 
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.folder import read_folder
-from espalier.compress.language.layerwise import Layerwise
-from espalier.compress.language.narrow_in_layers import Harms
+from espalier.compress.language.files.folder import read_folder
+from espalier.compress.language.layer_by_layer.layerwise import Layerwise
+from espalier.compress.language.layer_by_layer.narrow import Harms
 from espalier.flows.language.fit_in_layers import fits, group_shares, layer_bytes, outside
 from espalier.flows.language.shrink_in_layers import RECORD, shrink_in_layers
 from espalier.testing.language import tiny
@@ -63,7 +63,7 @@ def test_a_smaller_folder_keeps_the_limit(folder: Path, tmp_path: Path) -> None:
 
 
 def test_bytes_of_layers_are_those_of_narrow_ones(folder: Path) -> None:
-    from espalier.compress.language.surgery import keep_heads, keep_units
+    from espalier.compress.language.shape.surgery import keep_heads, keep_units
 
     for kind in ("qwen3", "qwen2_moe", "gpt2"):
         if kind != "qwen3":

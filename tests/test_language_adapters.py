@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from espalier.compress.language.adapters import KINDS, Adapters, merged  # noqa: E402
+from espalier.compress.language.adapters.decisions import KINDS, Adapters, merged  # noqa: E402
 from espalier.compress.language.family import Language  # noqa: E402
-from espalier.compress.language.structure import SubLayers, Units  # noqa: E402
-from espalier.compress.language.weights import WeightBits  # noqa: E402
+from espalier.compress.language.shape.structure import SubLayers, Units  # noqa: E402
+from espalier.compress.language.weights.bits import WeightBits  # noqa: E402
 from espalier.errors import EspalierError  # noqa: E402
 from espalier.space import Space  # noqa: E402
 from espalier.testing.language import tiny  # noqa: E402

@@ -13,27 +13,27 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache
 
-from espalier.compress.language.cache_bits import (
+from espalier.compress.language.cache.bits import (
     WIDTHS,
     Rounded,
     pack,
     rounded_bytes,
     unpack,
 )
-from espalier.compress.language.cache_cuts import CacheBits, CacheRank, Spans, held
-from espalier.compress.language.cache_plan import Plan, Span
-from espalier.compress.language.evaluate import teacher_forced, tokens_a_second
-from espalier.compress.language.family import Language
-from espalier.compress.language.low_rank import (
+from espalier.compress.language.cache.cuts import CacheBits, CacheRank, Spans, held
+from espalier.compress.language.cache.low_rank import (
     attentions,
     factors,
     rotation,
     seen,
     tuned,
 )
-from espalier.compress.language.policy import Policy, give
-from espalier.compress.language.spans import release
-from espalier.compress.language.structure import Blocks, Heads
+from espalier.compress.language.cache.plan import Plan, Span
+from espalier.compress.language.cache.policy import Policy, give
+from espalier.compress.language.cache.spans import release
+from espalier.compress.language.evaluate import teacher_forced, tokens_a_second
+from espalier.compress.language.family import Language
+from espalier.compress.language.shape.structure import Blocks, Heads
 from espalier.costs.language import LanguageCounts
 from espalier.errors import BudgetError, EspalierError
 from espalier.testing.language import tiny

@@ -14,16 +14,16 @@ from espalier.errors import EspalierError
 pytest.importorskip("transformers")
 
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.expert_refit import refit_in_turn
-from espalier.compress.language.experts import ActiveExperts, Experts
+from espalier.compress.language.experts.decisions import ActiveExperts, Experts
+from espalier.compress.language.experts.merging import absorbed, chosen, merge_experts
+from espalier.compress.language.experts.refit import refit_in_turn
+from espalier.compress.language.experts.routing import routing
 from espalier.compress.language.family import Language
-from espalier.compress.language.merging import absorbed, chosen, merge_experts
-from espalier.compress.language.rounding import repack
-from espalier.compress.language.routing import routing
-from espalier.compress.language.sparse import SparseWeights
-from espalier.compress.language.structure import Blocks
-from espalier.compress.language.surgery import keep_experts
-from espalier.compress.language.weights import WeightBits
+from espalier.compress.language.shape.structure import Blocks
+from espalier.compress.language.shape.surgery import keep_experts
+from espalier.compress.language.weights.bits import WeightBits
+from espalier.compress.language.weights.rounding import repack
+from espalier.compress.language.weights.sparse import SparseWeights
 from espalier.testing.language import tiny
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")

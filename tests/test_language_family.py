@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from espalier.compress.language import compensating, surgery
 from espalier.compress.language.anatomy import KINDS, Experts, Feed, anatomy
-from espalier.compress.language.channels import hidden_scores
-from espalier.compress.language.compensating import DAMP
-from espalier.compress.language.configuration import expressible
-from espalier.compress.language.experts import ActiveExperts
-from espalier.compress.language.experts import Experts as ExpertCounts
+from espalier.compress.language.experts.decisions import ActiveExperts
+from espalier.compress.language.experts.decisions import Experts as ExpertCounts
 from espalier.compress.language.family import Language
+from espalier.compress.language.files.configuration import expressible
 from espalier.compress.language.importance import scores
-from espalier.compress.language.structure import Blocks, Heads, Hidden, SubLayers, Units
-from espalier.compress.language.weights import WeightBits
+from espalier.compress.language.repair import compensating
+from espalier.compress.language.repair.compensating import DAMP
+from espalier.compress.language.shape import surgery
+from espalier.compress.language.shape.channels import hidden_scores
+from espalier.compress.language.shape.structure import Blocks, Heads, Hidden, SubLayers, Units
+from espalier.compress.language.weights.bits import WeightBits
 from espalier.costs.language import LanguageCounts
 from espalier.errors import EspalierError
 from espalier.problem import Limit

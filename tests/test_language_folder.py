@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from espalier.compress.language.anatomy import KINDS
-from espalier.compress.language.folder import expressible, greedy, read_folder, save_folder
+from espalier.compress.language.files.folder import expressible, greedy, read_folder, save_folder
 from espalier.testing.language import tiny
 
 LONG = ("llama", "gemma2", "mixtral")  # 64 tokens are compared; fewer for the others, for time
@@ -285,7 +285,7 @@ def test_bad_folders_are_refused_in_one_line(case: str, broken: Path) -> None:
 
 
 def test_an_empty_block_of_an_encoder_is_left_out(tmp_path: Path) -> None:
-    from espalier.compress.language.surgery import drop, empty_blocks
+    from espalier.compress.language.shape.surgery import drop, empty_blocks
 
     model = tiny("bert", layers=3)
     drop(model, 1, "attention")

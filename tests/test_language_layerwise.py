@@ -20,9 +20,9 @@ pytest.importorskip("transformers")
 import transformers
 
 from espalier.compress.language.anatomy import KINDS, anatomy
-from espalier.compress.language.folder import read_folder
-from espalier.compress.language.held import Held, Peak, release
-from espalier.compress.language.layerwise import Inputs, Layerwise
+from espalier.compress.language.files.folder import read_folder
+from espalier.compress.language.layer_by_layer.held import Held, Peak, release
+from espalier.compress.language.layer_by_layer.layerwise import Inputs, Layerwise
 from espalier.testing.language import tiny
 
 PLENTY = 64 << 30
@@ -89,7 +89,7 @@ def test_a_pass_and_a_changed_folder_equal_the_whole_model(kind: str, tmp_path: 
 
 
 def test_changed_shapes_are_said_by_the_configuration(tmp_path: Path) -> None:
-    from espalier.compress.language.surgery import keep_units
+    from espalier.compress.language.shape.surgery import keep_units
 
     tiny("mistral", layers=3).save_pretrained(tmp_path / "in")
     windows = _windows("mistral")
@@ -120,8 +120,8 @@ def test_changed_shapes_are_said_by_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2", "olmoe"])
 def test_narrower_layers_and_fewer(kind: str, tmp_path: Path) -> None:
     """One layer is left out, the others lose half; what stays takes over."""
-    from espalier.compress.language.narrow_in_layers import narrow_room, narrowed
-    from espalier.compress.language.surgery import drop_blocks, keep_units
+    from espalier.compress.language.layer_by_layer.narrow import narrow_room, narrowed
+    from espalier.compress.language.shape.surgery import drop_blocks, keep_units
 
     model, windows = tiny(kind, layers=3), _windows(kind, 8)
     model.save_pretrained(tmp_path / "in")
@@ -148,7 +148,7 @@ def test_narrower_layers_and_fewer(kind: str, tmp_path: Path) -> None:
 
 
 def test_fewer_heads_are_written(tmp_path: Path) -> None:
-    from espalier.compress.language.narrow_in_layers import narrowed
+    from espalier.compress.language.layer_by_layer.narrow import narrowed
 
     model, windows = tiny("qwen3"), _windows("qwen3", 8)
     model.save_pretrained(tmp_path / "in")

@@ -12,10 +12,10 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache
 
-from espalier.compress.language.cache_plan import Plan, Span
+from espalier.compress.language.cache.plan import Plan, Span
+from espalier.compress.language.cache.policy import Policy, give
+from espalier.compress.language.cache.spans import release, visible
 from espalier.compress.language.evaluate import teacher_forced
-from espalier.compress.language.policy import Policy, give
-from espalier.compress.language.spans import release, visible
 from espalier.errors import EspalierError
 from espalier.testing.language import tiny
 

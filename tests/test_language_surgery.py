@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from espalier.compress.language import surgery
 from espalier.compress.language.anatomy import KINDS, Experts, Feed, anatomy
-from espalier.compress.language.hidden import norm_scales, norms
+from espalier.compress.language.shape import surgery
+from espalier.compress.language.shape.hidden import norm_scales, norms
 from espalier.errors import EspalierError
 from espalier.testing.language import MIXTURES, tiny
 

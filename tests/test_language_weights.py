@@ -15,14 +15,14 @@ from espalier.errors import EspalierError
 pytest.importorskip("transformers")
 
 from espalier.compress import removal
-from espalier.compress.language import rounding
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.folder import read_folder
-from espalier.compress.language.in_layers import in_layers
-from espalier.compress.language.layerwise import Layerwise
-from espalier.compress.language.places import expert_inputs, grams, places
-from espalier.compress.language.sparse import SparseWeights, sparse_bytes
-from espalier.compress.language.weights import WeightBits
+from espalier.compress.language.files.folder import read_folder
+from espalier.compress.language.layer_by_layer.layerwise import Layerwise
+from espalier.compress.language.layer_by_layer.weights import in_layers
+from espalier.compress.language.weights import rounding
+from espalier.compress.language.weights.bits import WeightBits
+from espalier.compress.language.weights.places import expert_inputs, grams, places
+from espalier.compress.language.weights.sparse import SparseWeights, sparse_bytes
 from espalier.testing.language import tiny
 
 KINDS = ("llama", "gpt2", "opt", "qwen2_moe", "bert", "vit")

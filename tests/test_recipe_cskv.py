@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("transformers")
 
 from espalier import recipes
-from espalier.compress.language.cache_plan import Plan, Span
+from espalier.compress.language.cache.evict import Evicting
+from espalier.compress.language.cache.plan import Plan, Span
+from espalier.compress.language.cache.policy import Policy, give
+from espalier.compress.language.cache.spans import release
 from espalier.compress.language.evaluate import scored, teacher_forced
-from espalier.compress.language.evict import Evicting
-from espalier.compress.language.policy import Policy, give
-from espalier.compress.language.spans import release
 from espalier.errors import EspalierError
 from espalier.recipes import _looking, cskv
 from espalier.testing.language import tiny

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from espalier import recipes
-from espalier.compress.language.surgery import keep_experts
+from espalier.compress.language.shape.surgery import keep_experts
 from espalier.recipes import _language, eep
 from espalier.recipes._expert_search import Evolution, Genome, Mixtures, Settings, loss, ordered
 from espalier.testing.language import tiny

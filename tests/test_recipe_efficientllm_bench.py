@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from espalier import recipes
-from espalier.compress.language.rounding import nearest, packed_bytes
+from espalier.compress.language.weights.rounding import nearest, packed_bytes
 from espalier.recipes import _techniques
 from espalier.recipes import efficientllm_bench as bench
 from espalier.testing.language import tiny

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from espalier import recipes
-from espalier.compress.language.surgery import drop
+from espalier.compress.language.shape.surgery import drop
 from espalier.recipes import _language, finercut
 from espalier.recipes._sublayers import Resumed, bits, divergence, influence, units, without
 

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("transformers")
 
 from espalier import recipes
-from espalier.compress.language.cache_plan import Span
-from espalier.compress.language.sensitivity import influence, span_harm
+from espalier.compress.language.cache.plan import Span
+from espalier.compress.language.cache.sensitivity import influence, span_harm
 from espalier.recipes import moa
 from espalier.testing.language import tiny
 

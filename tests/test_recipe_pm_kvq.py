@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache
 
 from espalier import recipes
-from espalier.compress.language.cache_bits import Rounded
-from espalier.compress.language.cache_plan import Plan
-from espalier.compress.language.sensitivity import bits_harm, cache_slopes
+from espalier.compress.language.cache.bits import Rounded
+from espalier.compress.language.cache.plan import Plan
+from espalier.compress.language.cache.sensitivity import bits_harm, cache_slopes
 from espalier.recipes import pm_kvq
 from espalier.testing.language import tiny
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from espalier.compress.language.anatomy import Experts, anatomy
-from espalier.compress.language.expert_refit import refit_in_turn
-from espalier.compress.language.merging import STACKS, merge_experts
-from espalier.compress.language.surgery import set_active
+from espalier.compress.language.experts.merging import STACKS, merge_experts
+from espalier.compress.language.experts.refit import refit_in_turn
+from espalier.compress.language.shape.surgery import set_active
 
 Rng = np.random.Generator
 

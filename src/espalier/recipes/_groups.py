@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.language.anatomy import Anatomy, Feed, Weights, anatomy
-from espalier.compress.language.hidden import norms
-from espalier.compress.language.surgery import keep_heads, keep_hidden, keep_units
+from espalier.compress.language.shape.hidden import norms
+from espalier.compress.language.shape.surgery import keep_heads, keep_hidden, keep_units
 
 Group = tuple[str, int]  # ("heads" | "units" | "hidden", layer); hidden channels are of layer -1
 Kept = dict[Group, Tensor]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.language.adapters import Adapters
+from espalier.compress.language.adapters.decisions import Adapters
 from espalier.compress.language.anatomy import anatomy
 from espalier.tasks import Task
 from espalier.train.adamw import fit_adamw

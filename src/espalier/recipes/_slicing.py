@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.language.anatomy import Attention, Feed, anatomy
-from espalier.compress.language.surgery import channels, keep_heads, keep_units
+from espalier.compress.language.shape.surgery import channels, keep_heads, keep_units
 
 _ROWS = 16  # windows run at once
 Kept = Mapping[str, Tensor]  # a map's path in the original -> which of its inputs stay

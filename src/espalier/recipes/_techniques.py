@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.language.adapters import Adapters
+from espalier.compress.language.adapters.decisions import Adapters
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.cache_bits import pack, unpack
-from espalier.compress.language.cache_plan import Plan
-from espalier.compress.language.places import places
-from espalier.compress.language.policy import Policy
-from espalier.compress.language.rounding import nearest
+from espalier.compress.language.cache.bits import pack, unpack
+from espalier.compress.language.cache.plan import Plan
+from espalier.compress.language.cache.policy import Policy
+from espalier.compress.language.weights.places import places
+from espalier.compress.language.weights.rounding import nearest
 from espalier.recipes import _language
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from espalier.compress.language.rounding import column_by_column
+from espalier.compress.language.weights.rounding import column_by_column
 from espalier.errors import EspalierError
 
 Array = NDArray[Any]

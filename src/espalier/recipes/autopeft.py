@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from espalier.compress.language.adapters import PARTS, Adapters, BoundAdapters
+from espalier.compress.language.adapters.decisions import PARTS, Adapters, BoundAdapters
 from espalier.problem import Limit, Metric, Metrics, Problem, Reading, front, hypervolume
 from espalier.recipes import Recipe
 from espalier.recipes._tuning import Tuning, bits, study

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from espalier.compress.language.cache_plan import Plan
-from espalier.compress.language.low_rank import Seen, attentions, factors, seen, tuned
-from espalier.compress.language.policy import Policy
+from espalier.compress.language.cache.low_rank import Seen, attentions, factors, seen, tuned
+from espalier.compress.language.cache.plan import Plan
+from espalier.compress.language.cache.policy import Policy
 from espalier.recipes import Recipe
 from espalier.recipes._cached import BOTH, MANY, SMALL, Subject, Texts, judged, means, read, wins
 
@@ -83,7 +83,7 @@ def compared(model: Any, texts: Texts, setting: Scale, length: int) -> dict[str,
 def evicted(model: Any, texts: Texts, layers: int, tokens: int, by: Any) -> dict[str, float]:
     """What is read through a cache that keeps so many tokens; attention is looked at where it
     decides."""
-    from espalier.compress.language.evict import Evicting
+    from espalier.compress.language.cache.evict import Evicting
 
     kernel = model.config._attn_implementation
     model.set_attn_implementation("eager" if by == "attention" else kernel)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from espalier.compress.language.routing import routing
+from espalier.compress.language.experts.routing import routing
 from espalier.recipes import Recipe, _language
 from espalier.recipes._expert_search import (
     Evolution,

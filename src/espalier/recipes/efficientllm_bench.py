@@ -93,7 +93,7 @@ def _decoding(case: Case, ids: Tensor) -> tuple[Callable[[], Any], Callable[[], 
     """Half of the tokens at once and the others one by one; what is held: weights and cache."""
     from transformers import DynamicCache
 
-    from espalier.compress.language.cache import held_bytes
+    from espalier.compress.language.cache.cache import held_bytes
 
     cache = case.cache or DynamicCache
     last: list[Any] = []

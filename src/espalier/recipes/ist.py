@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from espalier.compress.language.adapters import Adapters
+from espalier.compress.language.adapters.decisions import Adapters
 from espalier.compress.language.anatomy import anatomy
 from espalier.recipes import Recipe
 from espalier.recipes._tuning import Bytes, Tuning, bits, memory_saved

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.compress.language.cache_plan import Plan, Span
-from espalier.compress.language.policy import Policy, give
-from espalier.compress.language.sensitivity import influence, span_harm
-from espalier.compress.language.spans import release
+from espalier.compress.language.cache.plan import Plan, Span
+from espalier.compress.language.cache.policy import Policy, give
+from espalier.compress.language.cache.sensitivity import influence, span_harm
+from espalier.compress.language.cache.spans import release
 from espalier.errors import BudgetError
 from espalier.problem import Limit
 from espalier.recipes import Recipe

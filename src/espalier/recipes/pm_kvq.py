@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from espalier.compress.language.cache_plan import Plan
-from espalier.compress.language.policy import Policy
-from espalier.compress.language.sensitivity import Taken, bits_harm, cache_slopes
+from espalier.compress.language.cache.plan import Plan
+from espalier.compress.language.cache.policy import Policy
+from espalier.compress.language.cache.sensitivity import Taken, bits_harm, cache_slopes
 from espalier.problem import Limit
 from espalier.recipes import Recipe
 from espalier.recipes._cached import BOTH, MANY, SMALL, Subject, Texts, judged, means, read, wins

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.cache_bits import Rounded
+from espalier.compress.language.cache.bits import Rounded
 from espalier.compress.language.evaluate import teacher_forced
-from espalier.compress.language.places import places
-from espalier.compress.language.weights import WeightBits
+from espalier.compress.language.weights.bits import WeightBits
+from espalier.compress.language.weights.places import places
 from espalier.recipes import Recipe, _language
 
 BITS = (8, 4, 3, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.places import EXPERTS, Place, places, treat_in_turn
+from espalier.compress.language.weights.places import EXPERTS, Place, places, treat_in_turn
 from espalier.recipes import Recipe, _language
 from espalier.recipes._ternary import (
     Ternary,

@@ -16,7 +16,7 @@ from torch import Tensor
 from espalier.compress.language.anatomy import anatomy
 from espalier.compress.language.family import Language
 from espalier.compress.language.importance import scores
-from espalier.compress.language.structure import Heads, Units
+from espalier.compress.language.shape.structure import Heads, Units
 from espalier.costs.language import LanguageCounts
 from espalier.recipes import Recipe, _language
 from espalier.recipes._slicing import (

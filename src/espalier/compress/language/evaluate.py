@@ -138,7 +138,7 @@ def tokens_a_second(
     """
     from transformers import DynamicCache
 
-    from espalier.compress.language.cache import held_bytes
+    from espalier.compress.language.cache.cache import held_bytes
 
     runs, size = [], 0
     for _ in range(repeats):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.language.anatomy import Anatomy, anatomy
-from espalier.compress.language.grouped import Grouped, unsaid
-from espalier.compress.language.surgery import drop_blocks, empty
+from espalier.compress.language.shape.grouped import Grouped, unsaid
+from espalier.compress.language.shape.surgery import drop_blocks, empty
 from espalier.errors import EspalierError
 from espalier.nets import Family
 from espalier.space import Candidate, Constraint, Decision, Space
@@ -117,7 +117,7 @@ class Language(Family):
 
         Errors: `SpaceError` when the candidate is not of the space.
         """
-        from espalier.compress.language.policy import Policy
+        from espalier.compress.language.cache.policy import Policy
 
         choices = self._space.candidate(candidate)
         last = {d.name: d.options[-1] for cut in self.cuts for d in cut.decisions}

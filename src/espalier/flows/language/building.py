@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.surgery import drop_blocks, empty
+from espalier.compress.language.shape.surgery import drop_blocks, empty
 
 LATE = ("sparsity", "bits")  # decided on the numbers in what is left
 CACHED = ("kv", "rank", "span")  # change no weight

@@ -14,19 +14,23 @@ from espalier.problem import Limit
 _ROOM = "espalier.compress.language"
 _BITS = (4, 8)  # what ONNX Runtime's kernels have: files keep what is counted
 _CUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "sublayers": ("structure", "SubLayers", {}),
-    "blocks": ("structure", "Blocks", {}),
-    "heads": ("structure", "Heads", {}),
-    "units": ("structure", "Units", {}),
-    "hidden": ("structure", "Hidden", {}),
-    "experts": ("experts", "Experts", {}),
-    "active": ("experts", "ActiveExperts", {}),
-    "sparsity": ("sparse", "SparseWeights", {"inputs": "original"}),
-    "bits": ("weights", "WeightBits", {"inputs": "original", "options": _BITS}),
-    "tables": ("weights", "WeightBits", {"inputs": "original", "options": _BITS, "tables": True}),
-    "kv": ("cache_cuts", "CacheBits", {}),
-    "rank": ("cache_cuts", "CacheRank", {}),
-    "span": ("cache_cuts", "Spans", {}),
+    "sublayers": ("shape.structure", "SubLayers", {}),
+    "blocks": ("shape.structure", "Blocks", {}),
+    "heads": ("shape.structure", "Heads", {}),
+    "units": ("shape.structure", "Units", {}),
+    "hidden": ("shape.structure", "Hidden", {}),
+    "experts": ("experts.decisions", "Experts", {}),
+    "active": ("experts.decisions", "ActiveExperts", {}),
+    "sparsity": ("weights.sparse", "SparseWeights", {"inputs": "original"}),
+    "bits": ("weights.bits", "WeightBits", {"inputs": "original", "options": _BITS}),
+    "tables": (
+        "weights.bits",
+        "WeightBits",
+        {"inputs": "original", "options": _BITS, "tables": True},
+    ),
+    "kv": ("cache.cuts", "CacheBits", {}),
+    "rank": ("cache.cuts", "CacheRank", {}),
+    "span": ("cache.cuts", "Spans", {}),
 }
 NAMES = tuple(_CUTS)
 

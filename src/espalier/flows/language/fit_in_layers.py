@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from espalier.compress.language.anatomy import Experts, Layer, anatomy
-from espalier.compress.language.configuration import expressible
-from espalier.compress.language.narrow_in_layers import Harms, least
-from espalier.compress.language.pieces import Pieces
-from espalier.compress.language.surgery import keep_heads
+from espalier.compress.language.files.configuration import expressible
+from espalier.compress.language.layer_by_layer.narrow import Harms, least
+from espalier.compress.language.layer_by_layer.pieces import Pieces
+from espalier.compress.language.shape.surgery import keep_heads
 from espalier.errors import BudgetError
 
 STEPS = 32  # shares of units are whole parts of this

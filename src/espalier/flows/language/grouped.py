@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from espalier.compress import Cut
-from espalier.compress.language.cache_cuts import held
+from espalier.compress.language.cache.cuts import held
 from espalier.compress.language.family import Language
 from espalier.costs.language import LanguageCounts
 from espalier.costs.language_times import TIMES

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from espalier.compress.language.refit import Reconstruction
+from espalier.compress.language.repair.refit import Reconstruction
 from espalier.errors import EspalierError, unknown
 from espalier.flows.language.building import early, late, reshaped
 from espalier.space import Candidate

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.compress import Cut
-from espalier.compress.language.folder import Folder
+from espalier.compress.language.files.folder import Folder
 from espalier.errors import StudyError
 from espalier.flows.shrink_identity import settings_of
 from espalier.problem import Limit

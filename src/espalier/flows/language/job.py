@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from espalier.compress.language.folder import Folder
-from espalier.compress.language.refit import Reconstruction
+from espalier.compress.language.files.folder import Folder
+from espalier.compress.language.repair.refit import Reconstruction
 from espalier.flows.finals import Entry
 from espalier.flows.language.harm import LanguageHarm, loss_of
 from espalier.flows.measuring import Measuring

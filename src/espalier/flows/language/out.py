@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.compress.language.anatomy import anatomy
-from espalier.compress.language.folder import expressible, save_folder
-from espalier.compress.language.surgery import empty
+from espalier.compress.language.files.folder import expressible, save_folder
+from espalier.compress.language.shape.surgery import empty
 from espalier.export.cached import export_cached
 from espalier.flows.language.building import early
 from espalier.flows.language.job import LanguageJob
@@ -55,7 +55,7 @@ def write_model(job: LanguageJob, candidate: Candidate, folder: Path) -> Written
     if policy is not None:
         out.files["cache policy"] = policy.save(folder)
         out.notes.append(
-            "The cache is made by espalier.compress.language.policy.Policy.load(folder)(), to be "
+            "The cache is made by espalier.compress.language.cache.policy.Policy.load(folder)(), to be "
             "given to model.generate as past_key_values."
         )
         if reason is not None:
@@ -100,7 +100,7 @@ def _onnx(
 def packed_weights(job: LanguageJob, candidate: Candidate, model: Any) -> dict[str, Any]:
     """Parameter of the built model -> whole numbers and scales, of matrices that bits were decided
     for. Experts, in one tensor a layer, and tables that are looked up are not packed."""
-    from espalier.compress.language.weights import BoundWeightBits, pack
+    from espalier.compress.language.weights.bits import BoundWeightBits, pack
 
     now = _places_now(job, candidate)
     found: dict[str, Any] = {}

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from espalier.compress.language.distilling import distil, twin_of
-from espalier.compress.language.refit import refit
+from espalier.compress.language.repair.distilling import distil, twin_of
+from espalier.compress.language.repair.refit import refit
 from espalier.costs.language_times import TIMES
 from espalier.flows.finals import Entry
 from espalier.flows.language.building import LATE, dense, early, late, reshaped

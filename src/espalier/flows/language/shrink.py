@@ -12,9 +12,9 @@ import torch
 
 from espalier.compress import Cut
 from espalier.compress.language.anatomy import KINDS
-from espalier.compress.language.cache_cuts import held
+from espalier.compress.language.cache.cuts import held
 from espalier.compress.language.family import Language
-from espalier.compress.language.folder import Folder, read_folder
+from espalier.compress.language.files.folder import Folder, read_folder
 from espalier.costs.language import LanguageCounts
 from espalier.costs.language_times import TIMES, Generation
 from espalier.errors import BudgetError, DataError, EspalierError, unknown

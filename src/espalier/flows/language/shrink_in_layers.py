@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from espalier.compress.language.folder import Folder, read_folder
-from espalier.compress.language.layer_memory import shown
-from espalier.compress.language.layerwise import Inputs, Layerwise, Passed, Visit
-from espalier.compress.language.narrow_in_layers import Harms, narrow_room, narrowed
+from espalier.compress.language.files.folder import Folder, read_folder
+from espalier.compress.language.layer_by_layer.layerwise import Inputs, Layerwise, Passed, Visit
+from espalier.compress.language.layer_by_layer.memory import shown
+from espalier.compress.language.layer_by_layer.narrow import Harms, narrow_room, narrowed
 from espalier.errors import BudgetError, EspalierError
 from espalier.flows.language.fit_in_layers import Fit, fits, group_shares
 from espalier.flows.language.limits import language_limits

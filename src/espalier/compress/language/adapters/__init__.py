@@ -1,0 +1,1 @@
+"""Adapters as decisions, when a model is to be tuned."""

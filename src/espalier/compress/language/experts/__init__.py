@@ -1,0 +1,1 @@
+"""Fewer experts: chosen, merged, refitted."""

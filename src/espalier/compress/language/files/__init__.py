@@ -1,0 +1,1 @@
+"""Local Hugging Face folders: read, compared, written."""

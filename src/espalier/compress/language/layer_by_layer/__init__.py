@@ -1,0 +1,1 @@
+"""Models that do not fit in memory, one layer after another."""

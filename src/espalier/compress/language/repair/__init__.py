@@ -1,0 +1,1 @@
+"""What makes up for what was cut: closed forms first, then training."""

@@ -1,0 +1,1 @@
+"""Fewer and narrower layers: sub-layers, heads, inner units, hidden channels."""

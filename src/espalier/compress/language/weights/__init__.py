@@ -1,0 +1,1 @@
+"""Bits and zeros in a transformer's weights."""
