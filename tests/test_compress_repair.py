@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
 
 import numpy as np
@@ -13,12 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from espalier import tasks, train
-from espalier.compress import patches
-from espalier.compress.distil import by_label, distance
-from espalier.compress.kept import kept_rows
-from espalier.compress.least_squares import Moments, refit
 from espalier.compress.ranges import calibrate
-from espalier.compress.repair import finetune, recalibrate, reconstruct
+from espalier.compress.repair import finetune, patches, recalibrate, reconstruct
+from espalier.compress.repair.distil import by_label, distance
+from espalier.compress.repair.kept import kept_rows
+from espalier.compress.repair.least_squares import Moments, refit
 from espalier.errors import EspalierError, StudyError
 from espalier.export.quantisers import quantised
 from espalier.train import Recipe
@@ -257,7 +257,6 @@ def test_quantised_layers_are_refitted_and_rounded_anew() -> None:
 
 
 def test_a_reconstruction_never_ends_worse(monkeypatch) -> None:
-    from espalier.compress import reconstruct as module
 
     net = made()
     small = cut(net, torch.tensor([0, 1, 2, 3, 4]))
@@ -267,7 +266,8 @@ def test_a_reconstruction_never_ends_worse(monkeypatch) -> None:
         layer.weight.data *= 3
         return 0.0, 0.0
 
-    monkeypatch.setattr(module, "refit_layer", spoil)
+    module = "espalier.compress.repair.reconstruct"  # a function of the same name hides it
+    monkeypatch.setattr(sys.modules[module], "refit_layer", spoil)
     told = reconstruct(small, net, inputs())
     assert told["undone"]
     assert told["output"]["after"] == told["output"]["before"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.compress.groups import Group
+from espalier.compress.coupling.groups import Group
+from espalier.compress.coupling.labelling import outputs
 from espalier.compress.importance import scores
-from espalier.compress.labelling import outputs
 from espalier.compress.widths import BoundWidths, Widths
 from espalier.errors import EspalierError
 

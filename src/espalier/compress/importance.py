@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.groups import Group, Member
+from espalier.compress.coupling.groups import Group, Member
 from espalier.errors import EspalierError, unknown
 
 KINDS = ("taylor", "magnitude", "bn", "activation")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.least_squares import Moments
 from espalier.compress.removal import METHODS, Kept
+from espalier.compress.repair.least_squares import Moments
 from espalier.errors import EspalierError, unknown
 from espalier.train.evaluate import evaluating
 from espalier.train.loop import Progress, device_of

@@ -15,7 +15,7 @@ from espalier.compress.attention_graph import plain_attention
 from espalier.compress.calls import Call, follow
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.matched import matched
-from espalier.compress.units import Unit, Units
+from espalier.compress.pieces.units import Unit, Units
 from espalier.errors import EspalierError
 from espalier.export import deployed
 from espalier.nets import Family

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.attention import Attention
+from espalier.compress.coupling.discovery import Written, discover
+from espalier.compress.coupling.groups import Group, cut, kept_rows, set_number
+from espalier.compress.coupling.labelling import evaluated
+from espalier.compress.coupling.sizes import resize, swap, traced
 from espalier.compress.cut import BoundCut, Cut, Ignored
-from espalier.compress.discovery import Written, discover
-from espalier.compress.groups import Group, cut, kept_rows, set_number
 from espalier.compress.importance import KINDS, scores
-from espalier.compress.labelling import evaluated
 from espalier.compress.narrow import narrow
-from espalier.compress.sizes import resize, swap, traced
 from espalier.errors import EspalierError, unknown
 from espalier.space import Decision, Ordinal
 from espalier.space.options import Option

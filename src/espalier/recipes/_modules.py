@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from espalier.compress.distil import distance
+from espalier.compress.repair.distil import distance
 from espalier.problem import Metric
 from espalier.tasks.task import Split
 from espalier.tasks.tensors import SPLITS, TensorTask

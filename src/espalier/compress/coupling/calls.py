@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from espalier.compress.labels import Labels
+from espalier.compress.coupling.labels import Labels
 
 TABLE = "rows of a table are looked up by their index"
 KERNEL = "places of a kernel"

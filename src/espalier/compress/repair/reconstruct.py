@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from espalier.compress.kept import kept_rows
-from espalier.compress.patches import KINDS, Places, inputs, outputs, refit_layer
+from espalier.compress.repair.kept import kept_rows
+from espalier.compress.repair.patches import KINDS, Places, inputs, outputs, refit_layer
 from espalier.errors import EspalierError
 from espalier.export.quantisers import Quantised, Quantiser
 from espalier.train.evaluate import evaluating

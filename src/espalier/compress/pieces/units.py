@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from espalier.compress.beside import Beside
 from espalier.compress.calls import Call, Shape, follow
 from espalier.compress.cut import BoundCut
-from espalier.compress.divided import Division, Piece, told
-from espalier.compress.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
+from espalier.compress.pieces.beside import Beside
+from espalier.compress.pieces.divided import Division, Piece, told
+from espalier.compress.pieces.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
 from espalier.errors import SpaceError, unknown
 from espalier.space import Decision, Option
 

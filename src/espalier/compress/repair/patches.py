@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espalier.compress.least_squares import Moments, refit
+from espalier.compress.repair.least_squares import Moments, refit
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # what can be written as such rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from espalier.compress.label_calls import (
+from espalier.compress.coupling.calls import (
     INPUT,
     KERNEL,
     Call,
@@ -18,8 +18,8 @@ from espalier.compress.label_calls import (
     met,
     vector,
 )
-from espalier.compress.label_rules import rule
-from espalier.compress.labels import thin
+from espalier.compress.coupling.labels import thin
+from espalier.compress.coupling.rules import rule
 
 
 @rule("bmm", "mm", "mv")

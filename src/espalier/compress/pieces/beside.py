@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from espalier.compress.calls import Pass, Value
-from espalier.compress.divided import Piece
+from espalier.compress.pieces.divided import Piece
 from espalier.space import Decision, Option
 
 _FLOAT = 4  # bytes

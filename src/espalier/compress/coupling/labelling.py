@@ -1,7 +1,7 @@
 """Following channels through one run of a model: which parameters' rows belong together.
 
 Every dim of every parameter gets labels (see `labels`); each operation that the model runs passes
-them on or joins them by its rule (see `label_rules`). What has no rule locks what it touches, so an
+them on or joins them by its rule (see `rules`). What has no rule locks what it touches, so an
 operation that nobody thought of costs decisions, never correctness.
 """
 
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from espalier.compress import label_moves, label_products  # noqa: F401  (they register rules)
-from espalier.compress.label_calls import Call, Field, vector
-from espalier.compress.label_rules import Rule, rule_of
-from espalier.compress.labels import Labels
-from espalier.compress.sizes import SizeRead, graphs_watched, sizes_of, value_at
+from espalier.compress.coupling import moves, products  # noqa: F401  (they register rules)
+from espalier.compress.coupling.calls import Call, Field, vector
+from espalier.compress.coupling.labels import Labels
+from espalier.compress.coupling.rules import Rule, rule_of
+from espalier.compress.coupling.sizes import SizeRead, graphs_watched, sizes_of, value_at
 from espalier.errors import EspalierError
 
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.coupling.groups import Group, Scaled, cut
+from espalier.compress.coupling.labelling import evaluated, outputs
 from espalier.compress.cut import Ignored
-from espalier.compress.groups import Group, Scaled, cut
-from espalier.compress.labelling import evaluated, outputs
 
 SIZES = ("dim", "size", "channel", "feature", "embed", "width", "inner", "hidden", "planes")
 

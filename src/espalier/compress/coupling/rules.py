@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.compress.label_calls import (
+from espalier.compress.coupling.calls import (
     INPUT,
     TABLE,
     Call,

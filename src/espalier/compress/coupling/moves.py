@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.compress.label_calls import INPUT, Call, Field, Mode, along, results, vector
-from espalier.compress.label_rules import rule
-from espalier.compress.labels import thin
+from espalier.compress.coupling.calls import INPUT, Call, Field, Mode, along, results, vector
+from espalier.compress.coupling.labels import thin
+from espalier.compress.coupling.rules import rule
 
 
 @rule("permute", "transpose", "t", "select", "unsqueeze", "squeeze", "unbind", "flip",

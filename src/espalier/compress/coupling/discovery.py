@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from espalier.compress.coupling.groups import Group, Scaled, grouped
+from espalier.compress.coupling.labelling import Trace, evaluated, followed, outputs
+from espalier.compress.coupling.labels import thin
+from espalier.compress.coupling.proof import close, proven
+from espalier.compress.coupling.sizes import SizeRead, resize, swap, traced
 from espalier.compress.cut import Ignored
-from espalier.compress.groups import Group, Scaled, grouped
-from espalier.compress.labelling import Trace, evaluated, followed, outputs
-from espalier.compress.labels import thin
-from espalier.compress.proof import close, proven
-from espalier.compress.sizes import SizeRead, resize, swap, traced
 
 Written = tuple[tuple[SizeRead, int], ...]  # sizes in a graph, and their numbers before any cut
 

@@ -5,8 +5,8 @@
 - `finetune`: training with distillation from the original; as long as there is time.
 """
 
-from espalier.compress.finetune import finetune
-from espalier.compress.reconstruct import reconstruct
+from espalier.compress.repair.finetune import finetune
+from espalier.compress.repair.reconstruct import reconstruct
 from espalier.train.evaluate import recalibrate
 
 __all__ = ["finetune", "recalibrate", "reconstruct"]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.attention import Attention
+from espalier.compress.coupling.calls import KERNEL, TABLE
+from espalier.compress.coupling.labelling import Trace
+from espalier.compress.coupling.labels import Whole
+from espalier.compress.coupling.sizes import Place, Size, resize, swap
 from espalier.compress.cut import Ignored
-from espalier.compress.label_calls import KERNEL, TABLE
-from espalier.compress.labelling import Trace
-from espalier.compress.labels import Whole
 from espalier.compress.narrow import Rows, narrow
-from espalier.compress.sizes import Place, Size, resize, swap
 
 Kept = Mapping[str, Tensor]
 WEAK = (KERNEL, TABLE)  # reasons that hold of one dim and say nothing of the layer's outputs

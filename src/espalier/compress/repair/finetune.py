@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from espalier.compress.distil import Teaching
-from espalier.compress.optimise import RECIPES, Optimiser
-from espalier.compress.tuning import Clock, Run
+from espalier.compress.repair.distil import Teaching
+from espalier.compress.repair.optimise import RECIPES, Optimiser
+from espalier.compress.repair.tuning import Clock, Run
 from espalier.errors import EspalierError
 from espalier.tasks import Task
 from espalier.train import loop

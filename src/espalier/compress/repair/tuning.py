@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.distil import Teaching
-from espalier.compress.optimise import Optimiser, held, make, pack, unpack
+from espalier.compress.repair.distil import Teaching
+from espalier.compress.repair.optimise import Optimiser, held, make, pack, unpack
 from espalier.train import checkpoint as checkpoints
 from espalier.train import loop
 from espalier.train import optimiser as optimisers

@@ -1,0 +1,1 @@
+"""A model taken to pieces that run alone, for tables of costs."""
