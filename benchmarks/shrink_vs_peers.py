@@ -17,7 +17,8 @@ on its closed-form repair is taken off its time.
 - uniform width: every width the same share, the largest weights stay.
 
 The test images are read once, when all networks are there. Every network is written down as soon as it
-is made: a run that is stopped goes on.
+is made: a run that is stopped goes on, and runs of different seeds (`--first`) may share a folder; the
+last of them sums up all.
 
     python benchmarks/shrink_vs_peers.py --models resnet20 --seeds 1 --seconds 60     # about an hour
     python benchmarks/shrink_vs_peers.py --quick                                      # minutes
@@ -228,6 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="of the seeds")
     parser.add_argument(
         "--seconds", type=float, default=300, help="processor time of every fine-tuning"
     )
@@ -271,7 +273,7 @@ def main() -> None:
 def run(options: argparse.Namespace, tasks: Mapping[str, Task]) -> tuple[list[Row], list[Row]]:
     """Everything but the test; rows are written down as they come, and never made again."""
     log = options.folder / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = written(log)
     originals = []
     for name, task in tasks.items():
         blind = without_test(task)
@@ -281,7 +283,7 @@ def run(options: argparse.Namespace, tasks: Mapping[str, Task]) -> tuple[list[Ro
         counted = count(network, example)
         size = {"params": counted.params, "macs": counted.macs}
         originals.append({"model": name, **about, **size, "file": file})
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.first + options.seeds):
         for name, task in tasks.items():
             network, _ = original_of(name, task, options.baseline_seconds, options.folder)
             for how in options.methods:
@@ -294,7 +296,12 @@ def run(options: argparse.Namespace, tasks: Mapping[str, Task]) -> tuple[list[Ro
                     rows.append(row)
                     with log.open("a") as file_:
                         file_.write(json.dumps(row) + "\n")
-    return rows, originals
+    return written(log), originals
+
+
+def written(log: Path) -> list[Row]:
+    """The rows so far, those of other runs in the folder among them."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 if __name__ == "__main__":
