@@ -108,6 +108,10 @@ def test_a_search_learns_its_architecture_and_keeps_the_limits(found: esp.Found)
     if float(found.pricing(derived)["params"][0]) <= limits["params"]:
         assert tried[0]["candidate"] == learned["candidate"]
     assert found.best.metrics["params"].value <= limits["params"]
+    shown = pages.page(Result(result))
+    monitor = learned["monitor"]
+    assert f"from {monitor['supernet_accuracy']:.4g} to {monitor['derived_accuracy']:.4g}" in shown
+    assert f"raises the loss by {monitor['sharpness']['mean']:.3g}" in shown
     assert "--solver relax" in result["reproduce"]["command"]
     assert "solver='relax'" in result["reproduce"]["python"]
 

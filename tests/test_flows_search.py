@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ import espalier as esp
 from espalier.errors import BudgetError, EspalierError, StudyError
 from espalier.flows.plan import Plan, make_plan
 from espalier.flows.progress import Silent
+from espalier.flows.ranking import ranking
 from espalier.problem import SearchBudget
+from espalier.report import words
+from espalier.report.reading import Result
+from report_sample import sample_result
 
 pytestmark = pytest.mark.usefixtures("tables_once")
 
@@ -80,6 +85,30 @@ def test_the_result_has_what_scripts_read(found: esp.Found) -> None:
     assert sum(t["phase"] == "random" for t in result["trials"]) == TINY.trials
     assert result["network"]
     assert sum(row["params"] for row in result["network"]) == found.best.metrics["params"].value
+
+
+def test_how_shared_weights_ranked_the_finalists_is_said(found: esp.Found) -> None:
+    assert found.to_json()["ranking"] == {}  # of two finalists nothing can be said
+    job = SimpleNamespace(
+        shared=True, quality=SimpleNamespace(name="accuracy"), seed=0, estimates={}
+    )
+    trials = []
+    for i, (guess, truth) in enumerate([(0.1, 0.5), (0.2, 0.7), (0.3, 0.6), (0.4, 0.8)]):
+        candidate = esp.space.Candidate({"width": i})
+        job.estimates[candidate] = SimpleNamespace(value=guess)
+        reading = {"accuracy_validation": SimpleNamespace(value=truth)}
+        trials.append(SimpleNamespace(state="done", candidate=candidate, metrics=reading))
+    job.study = SimpleNamespace(trials=lambda phase: trials if "scratch" in phase else [])
+    told = ranking(job)  # type: ignore[arg-type]
+    assert (told["n"], told["kendall"]) == (
+        4,
+        pytest.approx(2 / 3),
+    )  # five pairs agree, one does not
+    sentence = words.trusted(Result(sample_result() | {"ranking": told}))[0]
+    assert "the 4 finalists" in sentence
+    assert "tau 0.67" in sentence
+    job.shared = False
+    assert ranking(job) == {}  # type: ignore[arg-type]
 
 
 def test_the_network_and_its_export_compute_the_same(found: esp.Found) -> None:

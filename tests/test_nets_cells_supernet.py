@@ -19,13 +19,10 @@ from espalier.nets.fan import Fan, pooled
 from espalier.nets.nb201 import EDGES, NB201, OPERATORS, SPACE, _operator
 from espalier.nets.nb201_supernet import NB201Supernet
 from espalier.testing import check_family
+from espalier.testing.family import one_hot as choices
 from espalier.testing.family import (
-    check_extract,
-    check_network,
-    check_units,
     sampled,
 )
-from espalier.testing.family import one_hot as choices
 from espalier.train.precision import autocast
 
 
@@ -371,11 +368,10 @@ def darts(**options: object) -> DARTSCells:
 
 
 def test_darts_cells_conform() -> None:
+    check_family(DARTSCells((1, 8, 8), 3, channels=2, cells=3, nodes=2))
     net = DARTSCells((1, 9, 7), 5, channels=4, cells=3, nodes=2)
     for candidate in sampled(net, seed=1)[1:3]:
-        check_network(net, candidate)
-        check_extract(net, candidate)
-        check_units(net, candidate)
+        net.activate(candidate)
         x = torch.randn(6, 1, 9, 7)
         with torch.no_grad():
             active = net.train()(x)

@@ -71,6 +71,7 @@ def test_cells_are_searched(digits, partial, slots):
     for name in net.space.names:  # every edge has learned
         assert rows[0]["probabilities"][name] != rows[1]["probabilities"][name]
     assert any(not torch.equal(before[name], p) for name, p in net.named_parameters())
+    assert net.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     likeliest = [net.space[n].options[max(range(5), key=p.__getitem__)] for n, p in _items(found)]
     without = sum(option in ("none", "skip_connect", "avg_pool_3x3") for option in likeliest)
     assert rows[-1]["parameterless"] == without

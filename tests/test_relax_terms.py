@@ -40,6 +40,14 @@ def price(p):
     return 10 * p["a"][0] + 30 * p["a"][1]
 
 
+def test_expected_cost_reads_the_weights_that_ran_where_asked():
+    told = replace(
+        state({"a": torch.tensor([0.25, 0.75])}), mixture={"a": torch.tensor([1.0, 0.0])}
+    )
+    assert float(ExpectedCost(price, of="mixture")(NOW, told)) == 10
+    assert float(ExpectedCost(price)(NOW, told)) == 25
+
+
 @pytest.mark.parametrize(
     ("form", "target", "wanted"),
     [
@@ -48,6 +56,7 @@ def price(p):
         ("log", 5.0, math.log(5)),
         ("hinge", 20.0, 0.25),
         ("hinge", 40.0, 0.0),
+        ("square", 20.0, 0.0625),
     ],
 )
 def test_expected_cost_has_the_form_asked_for(form, target, wanted):

@@ -67,6 +67,8 @@ def test_the_default_recipe_learns_digits(digits):
     assert history[-1]["loss"] < history[0]["loss"] / 4
     assert [row["epoch"] for row in history] == list(range(1, 16))
     assert not net.training
+    maps = [p for p in net.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -55,7 +55,7 @@ def rank_check(
                 f"the truth must have a value for every candidate, it has none for {missing[0]}"
             )
         real = np.array([truth[c] for c in chosen], dtype=np.float64)
-    return {"metric": metric, "n": len(chosen), **_correlations(estimates, real, seed)} | {
+    return {"metric": metric, "n": len(chosen), **agreement(estimates, real, seed)} | {
         "candidates": [c.to_json() for c in chosen],
         "estimates": estimates.tolist(),
         "truth": real.tolist(),
@@ -81,7 +81,8 @@ def _column(estimator: Estimator, candidates: Sequence[Candidate], metric: str) 
     return np.asarray(estimator.estimate(candidates)[metric], dtype=np.float64)
 
 
-def _correlations(estimates: Array, truth: Array, seed: int) -> dict[str, Any]:
+def agreement(estimates: Array, truth: Array, seed: int = 0) -> dict[str, Any]:
+    """How well two columns `(n,)` order alike: `kendall`, `kendall_95` and `spearman`, as above."""
     from scipy.stats import kendalltau, spearmanr
 
     tau, rho = None, None

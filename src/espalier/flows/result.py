@@ -14,6 +14,7 @@ import numpy as np
 from espalier.costs import layers
 from espalier.errors import StudyError
 from espalier.flows.machine import machine, versions
+from espalier.flows.ranking import ranking
 from espalier.solvers.relax.collapse import without_weights
 from espalier.study import Study, Trial
 
@@ -39,6 +40,7 @@ def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float)
         "baselines": [entry_json(e) for e in found.baselines],
         "supernet": {"epochs": job.plan.supernet_epochs} if job.shared else {},
         "architecture": architecture(job),
+        "ranking": ranking(job),
         "plan": job.plan.to_json(),
         "budget": {
             "asked": str(job.budget),

@@ -49,7 +49,7 @@ RECIPE = Recipe(
         "space: NAS-Bench-201's cells, in a supernet that shares weights",
         "relaxation: softmax over the five operators of an edge",
         "rule: first order (second order at the papers' scale)",
-        'selection: the likeliest operator of each edge, "none" included',
+        'selection: the likeliest operator of each edge but "none"',
         "baselines: random search of the same time, one random cell",
     ),
     works_when="The known failure shows: the cell found has no parameters on at least 4 of its 6 edges, "

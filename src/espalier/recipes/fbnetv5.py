@@ -19,6 +19,7 @@ from espalier.recipes import Recipe
 from espalier.recipes._three_tasks import NAMES, Canvas, Pyramid, canvases
 from espalier.space import Candidate, Space
 from espalier.train import Recipe as Training
+from espalier.train import distributed
 from espalier.train.paths import Path as One
 from espalier.train.paths import Paths, stream
 from espalier.train.seeds import global_seed
@@ -131,7 +132,8 @@ class Several(Paths):
     def learned(self, step: int, losses: Sequence[float]) -> None:
         """A step of every task's distribution, once the weights know something."""
         if (self._epoch + step / self._steps) / self._epochs >= self.plan.warmup:
-            each = torch.stack([*self.task.seen][-self.plan.paths :])
+            # of all processes' rows, so that each draws the same networks from then on
+            each = distributed.mean(torch.stack([*self.task.seen][-self.plan.paths :]))
             self.distributions.step(torch.from_numpy(self._drawn), each, self.plan.lr)
 
     def candidate(self, index: int) -> Candidate:

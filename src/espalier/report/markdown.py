@@ -20,6 +20,7 @@ def markdown(result: Result, figure: str = "") -> str:
         [f"![Quality against cost]({figure})"] if figure else [],
         _networks(result),
         _repair(result),
+        _trusted(result),
         _spent(result),
         _layers(result),
         _latency(result),
@@ -75,6 +76,11 @@ def _networks(result: Result) -> list[str]:
             [(r.role, r.name, *r.cells, r.kept, r.start) for r in rows],
         ),
     ]
+
+
+def _trusted(result: Result) -> list[str]:
+    sentences = words.trusted(result)
+    return ["## How the search went", "", *map(_safe, sentences)] if sentences else []
 
 
 def _repair(result: Result) -> list[str]:

@@ -57,6 +57,7 @@ def page(result: Result) -> str:
         outside=front.outside(result),
         trust=tables.trust(result),
         counts=tables.counts(result),
+        trusted=words.trusted(result),
         effects=tables.effects(result),
         heads=heads,
         rows=rows,

@@ -105,6 +105,8 @@ class Result:
         self.epochs = rows(learned.get("history"))
         self.options = mapping(learned.get("options"))
         self.operators = numbers.real(learned.get("operators"))
+        self.monitor = mapping(learned.get("monitor"))
+        self.ranking = mapping(raw.get("ranking"))
         self.best = _entry(mapping(raw.get("best")), "found")
         self.front = [_entry(row, "found") for row in rows(raw.get("front"))]
         self.baselines = [_entry(row, "baseline") for row in rows(raw.get("baselines"))]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from espalier.report import numbers
-from espalier.report.reading import Entry, Result
+from espalier.report.reading import Entry, Result, mapping
 
 HOW = {
     "counted": "Exact: counted from the network's layers.",
@@ -153,3 +153,45 @@ def _budget(result: Result) -> str:
         used.append(f"{numbers.whole(trials)} trials")
     tail = f"used {' and '.join(used)}" if used else ""
     return "; ".join(p for p in (asked, tail) if p)
+
+
+def trusted(result: Result) -> list[str]:
+    """Sentences on how far shared weights and a learned architecture can be trusted."""
+    return [text for text in (_ranking(result), _gap(result), _sharpness(result)) if text]
+
+
+def _ranking(result: Result) -> str:
+    found = result.ranking
+    tau, n = numbers.real(found.get("kendall")), numbers.real(found.get("n"))
+    if tau is None or n is None:
+        return ""
+    ends = [numbers.real(q) for q in found.get("kendall_95") or ()]
+    low, high = ends if len(ends) == 2 else (None, None)
+    sure = f", 95% between {low:.2f} and {high:.2f}" if low is not None and high is not None else ""
+    return (
+        f"Estimates on shared weights ordered the {numbers.whole(n)} finalists as training each alone "
+        f"does with Kendall's tau {tau:.2f}{sure} (1: the same order, 0: no relation)."
+    )
+
+
+def _gap(result: Result) -> str:
+    whole, one = (
+        numbers.real(result.monitor.get(f"{name}_accuracy")) for name in ("supernet", "derived")
+    )
+    if whole is None or one is None:
+        return ""
+    return (
+        f"When the mixture became one network, with the same weights, its score went from {whole:.4g} "
+        f"to {one:.4g}."
+    )
+
+
+def _sharpness(result: Result) -> str:
+    found = mapping(result.monitor.get("sharpness"))
+    mean, radius = numbers.real(found.get("mean")), numbers.real(found.get("radius"))
+    if mean is None or radius is None:
+        return ""
+    return (
+        f"Moving the weights by {radius:.0%} of their length, in random directions, raises the loss by "
+        f"{mean:.3g} on average: the sharper, the worse such architectures tend to train alone."
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +61,9 @@ class FirstOrder(Rule):
         """Two forward and backward passes."""
         found = None
         if architecture:
-            found = problem.loss("validation", "architecture")
-            backward(found, problem.architecture)
+            with fixed(problem.weights):
+                found = problem.loss("validation", "architecture")
+                backward(found, problem.architecture)
             problem.descend("architecture")
         return Losses(_weights_step(problem), None if found is None else found.detach())
 
@@ -171,12 +173,16 @@ class Rarts(Rule):
             problem.descend("weights")
         twin.descend("weights")
         if architecture and self.in_turn:
-            found = problem.loss("train", "architecture")
-            backward(self.share * found, problem.architecture)
-            backward(twin.loss("validation", "architecture"), problem.architecture)
+            self._teach(problem, "train", self.share)
+            self._teach(twin, "validation", 1.0)
         if architecture:
             problem.descend("architecture")
         return Losses(train, validation if architecture else None)
+
+    def _teach(self, problem: Problem, part: Part, share: float) -> None:
+        """Adds the gradients of one copy's loss for the architecture."""
+        with fixed(problem.weights):
+            backward(share * problem.loss(part, "architecture"), problem.architecture)
 
     def _towards(
         self, mover: Problem, other: Problem, part: Part, share: float, joint: bool
@@ -208,6 +214,18 @@ class Rarts(Rule):
         load = getattr(self._twin, "load", None)
         if load is not None:
             load(tensors)
+
+
+@contextmanager
+def fixed(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Weights that take no gradient: what only their gradient needs is not kept in memory."""
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
