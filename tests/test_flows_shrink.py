@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import espalier as esp
+from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 from espalier.flows import fitting, repairing
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
 from espalier.problem import Limit, Reading, SearchBudget
+from espalier.study import Study
 from shrink_toys import Small, task, trained
 
 pytest.importorskip("ortools")
@@ -252,6 +255,10 @@ def test_latency_is_kept_as_measured(timed: esp.Shrunk) -> None:
     assert timed.best.metrics[LATENCY].value <= limit["bound"]
     assert timed.best.metrics[LATENCY].how == "measured"
     assert timed.to_json()["shrink"]["rounds"]
+    assert any("in turns" in note for note in timed.to_json()["notes"])
+    with Study.open(timed.folder) as study:
+        read = study.recorded()[f"latency-trained/{timed.best.candidate.id}"]
+    assert read["share"] * timed.original.metrics[LATENCY].value == pytest.approx(read["value"])
     assert {r["metric"] for r in timed.to_json()["shrink"]["spent"]} == {LATENCY, "bytes"}
 
 
@@ -325,21 +332,19 @@ def test_one_slow_answer_does_not_end_the_rounds() -> None:
 def test_an_answer_that_is_over_the_limit_after_all_is_refused(
     timed: esp.Shrunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that slows down after the repair: an error, never a model over the budget."""
-    measure, slow = esp.costs.OnnxRuntime.measure, []
+    """A network that turns out slow after the repair: an error, never a model over the budget."""
+    slow: list[int] = []
 
-    def slower(self: Any, *args: Any) -> Any:
-        from dataclasses import replace
-
-        timing = measure(self, *args)
-        return replace(timing, median_ms=1000.0) if slow else timing
+    def slower(*args: Any) -> Ratio:
+        found = ratio(*args)
+        return replace(found, value=10.0) if slow else found
 
     class Slowing(Silent):
         def phase(self, name: str, total: int) -> None:
             if name.startswith("shrunk: statistics"):
                 slow.append(1)
 
-    monkeypatch.setattr(esp.costs.OnnxRuntime, "measure", slower)
+    monkeypatch.setattr("espalier.flows.shrinking.ratio", slower)
     with pytest.raises(BudgetError, match=r"latency_ms|as measured"):
         tiny_shrink(
             tmp_path / "run",

@@ -25,6 +25,28 @@ _LOOKS = 3  # on a busy machine the middle of this many measurements counts
 Solve = Callable[[Sequence[Limit]], Candidate]
 
 
+def best_fitted(
+    job: Shrinking, name: str, solves: Sequence[Solve], tighten: float = 1.0
+) -> Candidate:
+    """The least harmful, as a whole, of what several ways to solve find.
+
+    Errors: `BudgetError` of the first, where none keeps the limits.
+    """
+    found: list[Candidate] = []
+    refused: list[BudgetError] = []
+    for solve in solves:
+        try:
+            found.append(fitted(job, name, solve, tighten))
+        except BudgetError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    if len(set(found)) == 1:
+        return found[0]
+    harms = job.harm(found)
+    return found[harms.index(min(harms))]
+
+
 def fitted(job: Shrinking, name: str, solve: Solve, tighten: float = 1.0) -> Candidate:
     """The best candidate that keeps every limit as measured, found in a few rounds.
 

@@ -16,7 +16,7 @@ from espalier.compress.widths import BoundWidths
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError, EspalierError, unknown
 from espalier.estimators.calibration import Measure
-from espalier.flows.fitting import fitted
+from espalier.flows.fitting import best_fitted
 from espalier.flows.given import ModelLike, given_model
 from espalier.flows.measuring import free_folder, withdraw
 from espalier.flows.pricing import check_names
@@ -26,7 +26,7 @@ from espalier.flows.rivals import rivals
 from espalier.flows.shrink_identity import nothing_paid, paid, shrink_identity
 from espalier.flows.shrinking import Shrinking
 from espalier.flows.shrunk import Shrunk
-from espalier.flows.solving import check_counted, check_names_of, chosen, solve_by
+from espalier.flows.solving import check_counted, check_names_of, chosen, solves_by
 from espalier.problem import Limit, Limits, SearchBudget, limits
 from espalier.study import Study
 from espalier.tasks import Task
@@ -139,10 +139,10 @@ def _run(job: Shrinking, solver: str, baselines: bool, began: float) -> Shrunk:
         job.set_estimator()
         name, why = chosen(job, solver)
         job.show.note(f"solver {name}: {why}")
-        solve = solve_by(job, name)
+        solves = solves_by(job, name)
     with job.phase("allocation"):
         job.show.phase("choosing within the limits as measured", 1)
-        wanted = {_ANSWER: fitted(job, _ANSWER, solve)}
+        wanted = {_ANSWER: best_fitted(job, _ANSWER, solves)}
         if baselines:
             wanted |= rivals(job)
     with job.phase("repair"):
@@ -153,7 +153,7 @@ def _run(job: Shrinking, solver: str, baselines: bool, began: float) -> Shrunk:
             job.show.note("the repaired network is over the limit: choosing a smaller one")
             over = entries[_ANSWER]
             job.slower[over.candidate] = over.metrics["latency_ms"].value
-            again = fitted(job, _ANSWER, solve, tighter)
+            again = best_fitted(job, _ANSWER, solves, tighter)
             entries |= repair_all(job, {_ANSWER: again})
     return Shrunk.settle(job, entries, (name, why), time.time() - began)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
 from espalier import train
 from espalier.compress import Pretrained
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
+from espalier.costs.side_by_side import ratio
 from espalier.estimators.calibration import Calibrated, Measure
+from espalier.export import to_onnx
 from espalier.flows.finals import Entry
 from espalier.flows.measuring import Measuring
 from espalier.flows.pricing import Pricing
@@ -31,6 +35,7 @@ _PIECE = 0.35  # to export and time one piece, as a share of that of a whole net
 _LEAST_PIECES = 24
 _LEAST_IMAGES, _MOST_IMAGES = 64, 1024
 _ORIGINAL_TIMES = 3
+_UNSURE = 0.05  # spread of a ratio, as a share of it, that makes it one of a busy machine
 
 
 @dataclass
@@ -59,6 +64,11 @@ class Shrinking(Measuring):
     calibrated: Calibrated = field(init=False)
     profile: Profile | None = None
     phase_started: float = field(default_factory=time.time)
+    beside: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # a share of the original's latency is timed beside the original
+        self.beside = any(x.metric == LATENCY and x.relative for x in self.limits)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
         """What this study, or the one that it reuses, recorded under a key; else computed now."""
@@ -100,6 +110,37 @@ class Shrinking(Measuring):
         readings.update(self.validated(judged))
         self.original = Entry(candidate, "the original", readings)
         self.limits = tuple(x.resolve(readings[x.metric].value) for x in self.limits)
+
+    @cached_property
+    def given(self) -> tuple[bytes, Tensor]:
+        """The original as ONNX, and an example of the runtime's batch."""
+        x = self.runtime.batched(self.family.example())
+        return to_onnx(self.family.model.eval(), x, fast=True), x
+
+    def measured(self, candidate: Candidate, network: nn.Module | None, key: str) -> Reading:
+        """The latency on the real runtime, measured once a study and key, then read.
+
+        Where the limit is a share of the original's, both are timed in turns, and the answer is
+        that share of what the original took: machines do not keep their pace for a whole shrink.
+        """
+        if not self.beside or not hasattr(self, "original"):
+            return super().measured(candidate, network, key)
+        original = self.original.metrics[LATENCY].value
+
+        def measure() -> dict[str, Any]:
+            built = self.family.build(candidate) if network is None else network
+            given, x = self.given
+            found = ratio(self.runtime, to_onnx(built.eval(), x, fast=True), given, x)
+            return {
+                "value": found.value * original,
+                "spread": found.spread * original,
+                "share": found.value,
+                "runs": found.rounds,
+                "busy": found.spread > _UNSURE * found.value,
+            }
+
+        got = self.study.once(f"{key}/{candidate.id}", measure)
+        return Reading(got["value"], "ms", "measured", "", got["spread"])
 
     def validated(self, judged: Mapping[str, float]) -> dict[str, Reading]:
         """Validation metrics as readings, named `<metric>_validation`."""

@@ -60,9 +60,19 @@ def shrunk_json(
             *beaten(job, found.best, found.baselines),
             *(f"The baseline {n} is over the limit as measured and is left out." for n in left_out),
         ],
-        "notes": [*job.study.notes, *disturbances(job, error, found.best)],
+        "notes": [*job.study.notes, *_beside(job), *disturbances(job, error, found.best)],
         "reproduce": reproduce(job),
     }
+
+
+def _beside(job: Shrinking) -> list[str]:
+    """How latency was read where its limit is a share."""
+    if not job.beside:
+        return []
+    return [
+        "Latencies are shares of the original's, which was timed in turns with every network; their "
+        "milliseconds are at the pace that the machine had when the original was measured first."
+    ]
 
 
 def spent_rows(job: Shrinking, best: Entry) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from espalier.compress.bits import BoundBits
 from espalier.costs import Cost, Counts
 from espalier.errors import BudgetError, EspalierError, unknown
 from espalier.estimators.calibration import MEASURES
@@ -39,15 +41,16 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
     )
 
 
-def solve_by(job: Shrinking, solver: str) -> Solve:
-    """The function that gives the best candidate within limits on predicted costs."""
+def solves_by(job: Shrinking, solver: str) -> list[Solve]:
+    """Functions that give the best candidate within limits on predicted costs; what they find is
+    compared as a whole."""
     if solver == "allocate":
         return allocating(job)
     if solver == "search":
-        return searching(job)
+        return [searching(job)]
     from espalier.flows.gating import relaxing
 
-    return relaxing(job)
+    return [relaxing(job)]
 
 
 # --- allocate ----------------------------------------------------------------------------------
@@ -63,10 +66,33 @@ def _priced(job: Shrinking, metric: str) -> Any:
     return found[0] if found else Counts(job.family)
 
 
-def allocating(job: Shrinking) -> Solve:
-    """The exact program on the harm of every option, under all limits at once."""
+def allocating(job: Shrinking) -> list[Solve]:
+    """The exact program on the harm of every option, under all limits at once; and, where bits are
+    decided under a limit on latency, the same with all layers in integers.
+
+    Beside float layers an integer layer also turns numbers from one kind into the other. The table
+    holds that against every layer, so the program alone would leave some in float that are
+    slower so: with all in integers the error is the same everywhere, and measuring corrects it.
+    """
     profile = job.sense()
-    return program_on(job, profile.factors)
+    solves = [program_on(job, profile.factors)]
+    if job.latency_limit is not None and (integers := _all_in_integers(job)):
+        solves.append(program_on(job, [*profile.factors, *integers]))
+    return solves
+
+
+def _all_in_integers(job: Shrinking) -> list[Factor]:
+    """What forbids every other choice of bits than the fewest that a kernel computes with."""
+    space = job.family.space
+    found = []
+    for cut in job.family.cuts:
+        if isinstance(cut, BoundBits) and not cut.cut.weights_only:
+            kernels = [b for b in cut.cut.options if b not in cut.simulated]
+            for name in (d.name for d in cut.decisions):
+                forbidden = np.array([math.inf if b > kernels[0] else 0.0 for b in cut.cut.options])
+                if space[name].count == len(forbidden):
+                    found.append(Factor((name,), forbidden))
+    return found
 
 
 def program_on(job: Shrinking, harm: Sequence[Factor]) -> Solve:

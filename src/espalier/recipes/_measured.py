@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import OnnxRuntime, count, layers, machine
+from espalier.costs.side_by_side import interleaved
 from espalier.export import to_onnx
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train import evaluate, fit
 from espalier.train.seeds import global_seed, mixed
 
-_WEIGHTS, _ORDER = 31, 32  # purposes of random streams
+_WEIGHTS = 31  # purpose of the random stream
 Make = Callable[[], nn.Module]
 
 
@@ -82,13 +83,10 @@ class Processor(Clock):
         """Every network once a round."""
         x = self.runtime.batched(example)
         models = [to_onnx(network.eval(), x, fast=True) for network in networks]
-        start, rng = machine.snapshot(), np.random.default_rng([self.seed, _ORDER])
-        found: list[list[float]] = [[] for _ in models]
-        for _ in range(self.times):
-            for i in rng.permutation(len(models)):
-                found[i].append(self.runtime.quick(models[i], x).median_ms)
+        start = machine.snapshot()
+        found = interleaved(self.runtime, models, x, self.times, self.seed)
         self.load = max(self.load, machine.load_between(start, machine.snapshot()))
-        return found
+        return [list(times) for times in found.T.tolist()]
 
     def about(self) -> dict[str, Any]:
         """The runtime, and how many cores other work kept busy at most."""

@@ -1,0 +1,66 @@
+"""Timings of several models in turns: ratios that hold on a machine that does not keep its pace.
+
+What else runs on a machine slows it for seconds or minutes, and two timings taken one after the other
+then say more of that than of the models. Within a round all models are timed one after another, in an
+order drawn anew; a slow moment meets all of them, and the median over rounds passes over the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from espalier.costs.runtime import OnnxRuntime
+
+_SECONDS = 0.1  # of one timing, at most: many short looks beat a long one
+_LEAST, _MOST = 3, 9  # rounds
+_SURE = 0.02  # half of the quartiles' distance that ends the rounds
+_ORDER = 32  # purpose of the random stream
+
+
+def interleaved(
+    runtime: OnnxRuntime, models: Sequence[bytes], example: Tensor, rounds: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Milliseconds `(rounds, models)` of ONNX models on an example with the runtime's batch."""
+    rng = np.random.default_rng([seed, _ORDER])
+    return np.array([_round(runtime, models, example, rng) for _ in range(rounds)])
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A model's latency over another's: the median over rounds, and half the distance of the
+    quartiles."""
+
+    value: float
+    spread: float
+    rounds: int
+
+
+def ratio(runtime: OnnxRuntime, model: bytes, reference: bytes, example: Tensor) -> Ratio:
+    """How long a model takes, as a share of a reference timed beside it, in 3 to 9 rounds.
+
+    `example` has the runtime's batch. Rounds end when the quartiles of the ratios agree within 2%.
+    """
+    short = replace(runtime, seconds=min(runtime.seconds, _SECONDS))
+    rng, found = np.random.default_rng(_ORDER), list[float]()
+    for _ in range(_MOST):
+        mine, other = _round(short, (model, reference), example, rng)
+        found.append(mine / other)
+        low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
+        spread = float(high - low) / 2
+        if len(found) >= _LEAST and spread <= _SURE * middle:
+            break
+    return Ratio(float(middle), spread, len(found))
+
+
+def _round(
+    runtime: OnnxRuntime, models: Sequence[bytes], example: Tensor, rng: np.random.Generator
+) -> list[float]:
+    times = [0.0] * len(models)
+    for i in rng.permutation(len(models)):
+        times[i] = runtime.quick(models[i], example).median_ms
+    return times
