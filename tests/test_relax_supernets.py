@@ -22,6 +22,7 @@ from espalier.solvers.relax import (
     Gumbel,
     Magnitude,
     Moment,
+    Perturbation,
     Rarts,
     Sampled,
     SelectionState,
@@ -126,6 +127,21 @@ def test_the_edges_of_darts_cells_are_the_strongest(digits):
         weakest = strong.index(min(strong))
         assert edges[weakest] not in found.candidate
         assert set(edges) - {edges[weakest]} <= set(found.candidate)
+
+
+def test_cells_of_darts_are_decided_by_perturbation(digits):
+    torch.manual_seed(0)
+    net = DARTSCells(SHAPE, 10, channels=2, cells=3, nodes=2)
+    chosen = Perturbation(0)
+    settings = Settings(epochs=1, batch=64, arch_lr=0.1, precision="fp32")
+    found = relax(net, digits, settings=settings, selection=chosen)
+    decided = [row["decision"] for row in chosen.log]
+    assert decided[-2:] == [n for n in decided if n.endswith("inputs")]  # the edges come last
+    for row in chosen.log:
+        options = net.space[row["decision"]].options
+        assert row["chosen"] == options[row["left"].index(min(row["left"]))]
+        assert found.candidate.get(row["decision"], row["chosen"]) == row["chosen"]
+    assert net.space.valid(net.space.encode([found.candidate]))[0]
 
 
 def test_sampled_candidates_run_without_the_edges_that_they_have_not(digits):
@@ -250,7 +266,8 @@ def test_gates_in_a_network_have_the_slopes_of_its_loss(seed):
         assert float(wanted.abs().max()) > 1e-6
 
 
-def test_a_superkernel_learns_its_thresholds(digits):
+def test_a_superkernel_learns_its_thresholds(digits, tmp_path):
+    torch.manual_seed(0)
     torch.manual_seed(0)
     net = Superkernel(SHAPE, 10)
     before = {name: p.detach().clone() for name, p in net.architecture_parameters().items()}
@@ -259,5 +276,24 @@ def test_a_superkernel_learns_its_thresholds(digits):
     moved = net.architecture_parameters()
     assert any(float(moved[name].detach()) != float(old) for name, old in before.items())
     assert found.candidate == net.chosen()
+
+    # the thresholds are part of the supernet: a run that is killed takes them up again
+    class Killed(Exception):
+        pass
+
+    def kill(done, of, text):
+        raise Killed
+
+    slots = {"relaxation": Thresholds(), "rule": SingleLevel(), "settings": settings}
+    torch.manual_seed(0)
+    torn = Superkernel(SHAPE, 10)
+    path = tmp_path / "search.safetensors"
+    with pytest.raises(Killed):
+        relax(torn, digits, **slots, checkpoint=path, progress=kill)
+    torch.manual_seed(9)
+    again = Superkernel(SHAPE, 10)
+    assert relax(again, digits, **slots, checkpoint=path).candidate == found.candidate
+    for name, old in net.architecture_parameters().items():
+        assert torch.equal(again.architecture_parameters()[name], old)
     with pytest.raises(SpaceError, match="thresholds"):
         relax(net, digits, relaxation=Thresholds(), rule=Rarts(), settings=settings)

@@ -9,6 +9,8 @@ import torch
 from espalier import nets, tasks, train
 from espalier.train import Recipe, loop
 from espalier.train import supernet as supernets
+from espalier.train.sharing import Curriculum
+from espalier.train.supernet import default_paths
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,11 @@ def test_the_sandwich_is_the_default(few):
     paths = train.Sandwich(2)
     assert train.train_supernet(given, few, Recipe(epochs=1), 2, paths=paths) == history
     assert same(default, given)
+
+
+def test_a_supernet_that_grows_does_so_in_the_second_half():
+    net = nets.make("close", (1, 8, 8), 4)
+    paths = default_paths(net)
+    assert isinstance(paths, Curriculum)
+    assert [paths.due(epoch, 8) for epoch in range(8)] == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert isinstance(default_paths(nets.make("nb201-supernet", (1, 8, 8), 4)), train.Uniform)

@@ -46,7 +46,7 @@ class CLOSENet(Supernet):
         classes: int = 10,
         channels: int = 16,
         cells: int = 5,
-        blocks: int = 1,
+        blocks: int = 3,
         temperature: float = 5.0,
     ) -> None:
         super().__init__(shape, classes)

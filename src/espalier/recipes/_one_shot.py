@@ -154,9 +154,9 @@ METHODS: Mapping[str, Method] = {
     "fair": Method(_plain(Fair), each=len(OPERATORS)),
     "sandwich": Method(_plain(Sandwich), each=3),
     "uniform_longer": Method(_plain(Uniform), more=1.5),
-    "one_block": Method(_default),  # what the family "close" does unless told otherwise
+    "one_block": Method(_close(1, ())),
     "close": Method(_close(4, (0.2, 0.4, 0.6))),
-    "late": Method(_close(3, (0.5, 0.75))),
+    "late": Method(_default),  # what the family "close" does unless told otherwise
     "blocks_at_once": Method(_close(4, (0.0, 0.0, 0.0))),
     "split_by_gradients": Method(_few("gradients", 0.5), matched=True),
     "split_at_random": Method(_few("random", 0.5)),

@@ -50,7 +50,7 @@ class Setting:
     )
     sampled: int = 12
     alone: Alone = field(default_factory=lambda: Alone(Training(epochs=15, lr=0.1), 2))
-    networks: int = 24
+    networks: int = 50
     rounds: int = 7  # of timing
 
 
@@ -223,7 +223,7 @@ RECIPE = Recipe(
         "cost: a table of pieces measured in ONNX Runtime on one thread of this machine, and a "
         "made-up accelerator by formula",
     ),
-    works_when="The table ranks 24 random networks like their measured end-to-end latency, with "
+    works_when="The table ranks 50 random networks like their measured end-to-end latency, with "
     "Spearman's correlation of at least 0.95; and of the networks found for two devices each is the "
     "faster one on its own device, their test accuracies within 1 point of one another.",
     run=run,

@@ -60,8 +60,8 @@ _SCALES = {
         | {"depth": (1, 2), "kernel": (3, 5), "expansion": (2, 3, 4)},
         largest_epochs=8,
         shrink_epochs={"kernel": 5, "depth": 6, "expansion": 7},
-        subnets=12,
-        alone=3,
+        subnets=30,
+        alone=10,
         batch=128,
     ),
     "gpu": Plan(
