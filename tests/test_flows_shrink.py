@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -327,6 +328,43 @@ def test_one_slow_answer_does_not_end_the_rounds() -> None:
     answer = fitting.fitted(job, "fake", largest)
     assert 40 <= answer.id <= 50
     assert answer.id != 49
+
+
+def test_of_several_ways_to_solve_the_least_harmful_answer_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = fake_job(1.0)
+    job.harm = lambda found: [abs(c.id - 30.0) for c in found]  # to keep 30 would be best
+
+    def to_thirty(limits: Any) -> Any:
+        return Number(id=int(min(limits[0].bound, 30)))
+
+    def refusing(limits: Any) -> Any:
+        raise BudgetError("there are no such layers")
+
+    assert fitting.best_fitted(job, "fake", [largest, to_thirty]).id == 30
+    assert fitting.best_fitted(job, "fake", [largest]).id > 40
+    monkeypatch.setattr(fitting, "least", lambda job, metric: Number(id=10))
+    with pytest.raises(BudgetError, match="smallest takes 60 ms"):
+        fitting.best_fitted(fake_job(6.0), "fake", [refusing, refusing])
+
+
+def test_with_bits_a_latency_is_also_kept_with_every_layer_in_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among float layers an integer layer is slow, all in integers they are fast: both are tried."""
+
+    def slow_unless_all(runtime: Any, model: bytes, *rest: Any) -> Ratio:
+        nodes = onnx.load_from_string(model).graph.node
+        integers = {o for n in nodes if n.op_type == "DequantizeLinear" for o in n.output}
+        layers = [n.input[1] in integers for n in nodes if n.op_type in ("Conv", "Gemm", "MatMul")]
+        return Ratio(0.5 if all(layers) else 0.95, 0.0, 3)
+
+    monkeypatch.setattr("espalier.flows.shrinking.ratio", slow_unless_all)
+    new = {**TIMED, "decisions": (esp.compress.Bits(),)}
+    found = tiny_shrink(tmp_path / "run", within={LATENCY: "60%"}, **new)
+    chosen = {v for k, v in found.best.candidate.items() if k.startswith("bits:")}
+    assert chosen == {8}
 
 
 def test_an_answer_that_is_over_the_limit_after_all_is_refused(

@@ -17,6 +17,7 @@ from espalier.space import Candidate
 _AIM, _CLOSE = 0.985, 0.965
 _ROUNDS = 6  # candidates measured
 _HURRIED, _REPAIR = 3, 0.4  # rounds where less than this share of the time is left for repair
+_FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
 _LOOKS = 3  # on a busy machine the middle of this many measurements counts
@@ -75,8 +76,12 @@ class _Fitting:
         job = self.job
         predicted = job.price(job.family.original)[LATENCY].value
         bound = self.wanted * predicted / job.original.metrics[LATENCY].value
+        highest = _FURTHEST * bound
         for _ in range(_SOLVED):
             candidate = self.answer(bound)
+            if candidate is None and not self.times and bound < highest:
+                bound *= 1.5  # the table may be too high for what this way to solve allows
+                continue
             if candidate is None:
                 break
             new = candidate not in self.times
