@@ -330,6 +330,19 @@ def test_one_slow_answer_does_not_end_the_rounds() -> None:
     assert answer.id != 49
 
 
+def test_what_seems_harmless_is_not_cut_unless_a_limit_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "espalier.estimators.calibration.Calibrated.harm", lambda self, found: np.zeros(len(found))
+    )
+    new = {"repair": False, "baselines": False}
+    found = tiny_shrink(tmp_path / "run", within={"params": "99.9%"}, **new)
+    original = found.original.candidate
+    cut = [n for n in original if found.best.candidate.get(n) != original[n]]
+    assert len(cut) == 1
+
+
 def test_of_several_ways_to_solve_the_least_harmful_answer_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -25,6 +25,7 @@ from espalier.study import Serial, Trial
 SOLVERS = ("auto", "allocate", "search", "relax")
 _FEW = 64  # candidates that are all judged whole, rather than option by option
 _SEARCH_SHARE = 0.3  # of the time, where a search has only a limit on time
+_SPARING = 1e-3  # of a middling harm: what a cut costs that seems to harm nothing
 _SLACK = 1.15  # the table may be off: what lies a little beyond a predicted limit is judged too
 
 
@@ -98,12 +99,29 @@ def _all_in_integers(job: Shrinking) -> list[Factor]:
 def program_on(job: Shrinking, harm: Sequence[Factor]) -> Solve:
     """The exact program on any additive harm."""
     costs = factors_of(job, [x.metric for x in job.limits])
+    told = [*harm, *_sparing(job, harm)]
 
     def solve(limits: Sequence[Limit]) -> Candidate:
-        program = Program(job.family.space, harm, costs, limits)
+        program = Program(job.family.space, told, costs, limits)
         return program.solve(seconds=_seconds(job), seed=job.seed).candidate
 
     return solve
+
+
+def _sparing(job: Shrinking, harm: Sequence[Factor]) -> list[Factor]:
+    """A very small harm for every step away from the original: what few images show no harm of is
+    not cut unless a limit asks for it."""
+    values = np.concatenate([f.values.ravel() for f in harm] or [np.zeros(0)])
+    seen = values[np.isfinite(values) & (values > 0)]
+    least = _SPARING * float(np.median(seen)) if len(seen) else _SPARING
+    space = job.family.space
+    start = space.encode([job.family.original])[0]
+    found = []
+    for i, decision in enumerate(space.decisions):
+        if decision.count > 1:
+            steps = np.abs(np.arange(decision.count) - int(start[i])) / (decision.count - 1)
+            found.append(Factor((decision.name,), least * steps))
+    return found
 
 
 def cheapest_program(job: Shrinking, metric: str) -> Candidate:
