@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from espalier import train
-from espalier.errors import StudyError
+from espalier.errors import BudgetError, StudyError
 from espalier.flows.evaluate import Finish, Start
 from espalier.flows.job import Job
 from espalier.flows.measuring import Measuring
@@ -125,3 +125,17 @@ def non_dominated(job: Job, entries: Sequence[Entry]) -> list[Entry]:
         ]
     )
     return [entries[i] for i in front(values)]
+
+
+def check_kept(job: Measuring, entry: Entry) -> None:
+    """Refuses a repaired model that is over a limit after all. Errors: `BudgetError` with how far."""
+    if job.keeps(entry.metrics):
+        return
+    over = [x for x in job.limits if x.violation([entry.metrics[x.metric].value])[0] > 0]
+    told = ", ".join(
+        f"{x.metric} is {entry.metrics[x.metric].value:.4g} of {x.bound:.4g}" for x in over
+    )
+    raise BudgetError(
+        f"the repaired {job.family.name} does not keep the limits as measured: {told}; "
+        "raise the limit a little, or measure on a quieter machine"
+    )

@@ -23,7 +23,7 @@ from espalier.flows.pricing import check_names
 from espalier.flows.progress import Display, Silent
 from espalier.flows.repairing import repair_all
 from espalier.flows.rivals import rivals
-from espalier.flows.shrink_identity import nothing_paid, paid, shrink_identity
+from espalier.flows.shrink_identity import PAID, shrink_identity
 from espalier.flows.shrinking import Shrinking
 from espalier.flows.shrunk import Shrunk
 from espalier.flows.solving import check_counted, check_names_of, chosen, solves_by
@@ -106,7 +106,7 @@ def shrink(
     identity = shrink_identity(family, task, asked, runtime, solver, measure, seed, cuts)
     identity |= {"repair": repair, "baselines": baselines}
     settings = {"budget": str(spend)}
-    taken = {} if reuse is None else paid(Path(reuse), identity)
+    taken = {} if reuse is None else PAID.of(Path(reuse), identity)
     study = (
         Study.resume(folder, identity) if resume else Study.create(folder, identity, settings, seed)
     )
@@ -123,7 +123,7 @@ def shrink(
     except EspalierError as error:
         if resume:
             raise
-        if nothing_paid(folder):
+        if PAID.nothing(folder):
             withdraw(folder)
             raise
         raise type(error)(f"{error}; what was measured is kept: reuse {folder}") from error

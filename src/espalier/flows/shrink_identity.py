@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from espalier.compress import Cut, Pretrained
 from espalier.costs import OnnxRuntime
-from espalier.errors import StudyError
 from espalier.flows.measuring import plain_runtime
+from espalier.flows.paid import Paid
 from espalier.problem import Limit
-from espalier.study import Study
 from espalier.tasks import Task
 
 
@@ -66,30 +63,10 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-_SAME = ("model", "shape", "space", "cuts", "data", "measure", "seed")
-_TAKEN = ("images",)
-
-
-def nothing_paid(folder: Path) -> bool:
-    """Whether a study that was refused holds nothing that another could reuse."""
-    with Study.open(folder) as study:
-        return not any(k == "latency table" or k.startswith("harm/") for k in study.recorded())
-
-
-def paid(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier shrink of the same model recorded that does not depend on limits."""
-    with Study.open(folder) as other:
-        recorded = other.meta["identity"]
-        for key in _SAME:
-            if recorded.get(key) != json.loads(json.dumps(identity[key])):
-                raise StudyError(
-                    f"can't reuse {folder}: its {key} is {recorded.get(key)!r}, "
-                    f"this shrink's is {identity[key]!r}"
-                )
-        same_runtime = recorded.get("runtime") == identity["runtime"]
-        out = {}
-        for key, value in other.recorded().items():
-            timed = key in ("original latency", "latency table")
-            if (timed and same_runtime) or key in _TAKEN or key.startswith("harm/"):
-                out[key] = value
-    return out
+PAID = Paid(
+    same=("model", "shape", "space", "cuts", "data", "measure", "seed"),
+    taken=("images", "harm/"),
+    timed=("original latency", "latency table"),
+    where="runtime",
+    dear=("latency table", "harm/"),
+)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from espalier import train
-from espalier.errors import BudgetError
 from espalier.flows.answer import Answer
+from espalier.flows.finals import check_kept
 from espalier.flows.shrunk_result import shrunk_json
 from espalier.problem import Reading
 from espalier.study import Study
@@ -47,15 +47,7 @@ class Shrunk(Answer):
         Errors: `BudgetError` with how far it is.
         """
         best = entries["shrunk"]
-        if not job.keeps(best.metrics):
-            over = [x for x in job.limits if x.violation([best.metrics[x.metric].value])[0] > 0]
-            told = ", ".join(
-                f"{x.metric} is {best.metrics[x.metric].value:.4g} of {x.bound:.4g}" for x in over
-            )
-            raise BudgetError(
-                f"the repaired {job.family.name} does not keep the limits as measured: {told}; "
-                "raise the limit a little, or measure on a quieter machine"
-            )
+        check_kept(job, best)
         rivals = [e for name, e in entries.items() if name != "shrunk"]
         kept = [e for e in rivals if job.keeps(e.metrics)]
         found = cls(best, kept, _tested(job), job.study, job.study.folder, job)

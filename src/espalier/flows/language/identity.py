@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from espalier.compress import Cut
 from espalier.compress.language.files.folder import Folder
-from espalier.errors import StudyError
+from espalier.flows.paid import Paid
 from espalier.flows.shrink_identity import settings_of
 from espalier.problem import Limit
-from espalier.study import Study
 from espalier.tasks.tokens import TokenText
-
-_SAME = ("model", "space", "cuts", "data", "measure", "seed", "grouped")
-_TAKEN = ("windows", "original validation")
-_TIMED = ("times", "original times")
 
 
 def language_identity(
@@ -53,30 +46,10 @@ def fingerprint(folder: Folder) -> str:
     return digest.hexdigest()[:16]
 
 
-def paid(study: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier shrink of the same model recorded that does not depend on limits.
-
-    Errors: `StudyError` where it was of another model, text or kind of decisions.
-    """
-    with Study.open(study) as other:
-        recorded = other.meta["identity"]
-        for key in _SAME:
-            if recorded.get(key) != json.loads(json.dumps(identity[key])):
-                raise StudyError(
-                    f"can't reuse {study}: its {key} is {recorded.get(key)!r}, "
-                    f"this shrink's is {identity[key]!r}"
-                )
-        same_length = recorded.get("context") == identity["context"]
-        return {
-            key: value
-            for key, value in other.recorded().items()
-            if key in _TAKEN
-            or key.startswith(("harm/", "harm of/"))
-            or (key.startswith(_TIMED) and same_length)
-        }
-
-
-def nothing_paid(study: Path) -> bool:
-    """Whether a study that was refused holds nothing that another could reuse."""
-    with Study.open(study) as opened:
-        return not any(key.startswith(("harm/", "times")) for key in opened.recorded())
+PAID = Paid(
+    same=("model", "space", "cuts", "data", "measure", "seed", "grouped"),
+    taken=("windows", "original validation", "harm/", "harm of/"),
+    timed=("times", "original times"),
+    where="context",
+    dear=("harm/", "times"),
+)

@@ -22,7 +22,7 @@ from espalier.flows.language.curve import curve
 from espalier.flows.language.cuts import language_cuts
 from espalier.flows.language.grouped import price_of_one_shape
 from espalier.flows.language.harm import MEASURES, loss_of
-from espalier.flows.language.identity import language_identity, nothing_paid, paid
+from espalier.flows.language.identity import PAID, language_identity
 from espalier.flows.language.job import LanguageJob
 from espalier.flows.language.latency import fitted, measured, still_kept, times
 from espalier.flows.language.limits import language_limits
@@ -105,7 +105,7 @@ def shrink_language(
         folder, family, task, asked, at, cuts,
         measure=measure, seed=seed, grouped=grouped, repair=repair, baselines=baselines,
     )  # fmt: skip
-    taken = {} if reuse is None else paid(Path(reuse), identity)
+    taken = {} if reuse is None else PAID.of(Path(reuse), identity)
     study = (
         Study.resume(where, identity)
         if resume
@@ -124,7 +124,7 @@ def shrink_language(
     except EspalierError as error:
         if resume:
             raise
-        if nothing_paid(where):
+        if PAID.nothing(where):
             withdraw(where)
             raise
         raise type(error)(f"{error}; what was measured is kept: reuse {where}") from error

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from espalier import report
-from espalier.errors import BudgetError
-from espalier.flows.finals import Entry
+from espalier.flows.finals import Entry, check_kept
 from espalier.flows.language.job import LanguageJob
 from espalier.flows.language.out import Written, write_model
 from espalier.flows.language.repairing import model_of
@@ -46,15 +45,7 @@ class ShrunkLanguage:
     ) -> ShrunkLanguage:
         """The answer where it keeps the limits. Errors: `BudgetError` with how far it is."""
         best = entries[ANSWER]
-        if not job.keeps(best.metrics):
-            over = [x for x in job.limits if x.violation([best.metrics[x.metric].value])[0] > 0]
-            told = ", ".join(
-                f"{x.metric} is {best.metrics[x.metric].value:.4g} of {x.bound:.4g}" for x in over
-            )
-            raise BudgetError(
-                f"the repaired {job.family.name} does not keep the limits as measured: {told}; "
-                "raise the limit a little, or measure on a quieter machine"
-            )
+        check_kept(job, best)
         others = [e for name, e in entries.items() if name != ANSWER]
         kept: Sequence[Entry] = [e for e in others if job.keeps(e.metrics)]
         found = cls(best, list(kept), original, job.study, job.study.folder, job)
