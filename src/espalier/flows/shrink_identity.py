@@ -50,8 +50,18 @@ def settings_of(cut: Cut) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if is_dataclass(cut):
         made = {f.name: getattr(cut, f.name) for f in fields(cut)}
-    plain = (str, int, float, bool, tuple, type(None))
-    return {"kind": cut.kind, **{k: v if isinstance(v, plain) else True for k, v in made.items()}}
+    return {"kind": cut.kind, **{k: _plain(v) for k, v in made.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON that tells it from others; what JSON can't say, by its presence alone."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, tuple | list | range):
+        return [_plain(item) for item in value]
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return True
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -50,14 +50,17 @@ def language_cuts(
     if decisions is None:
         decisions = _defaults(anatomy, [x.metric for x in limits], grouped)
     names = decisions.split(",") if isinstance(decisions, str) else decisions
+    asked = [item if isinstance(item, Cut) else item.strip() for item in names]
+    if "bits" in asked and "tables" in asked:
+        asked.remove("bits")  # tables are rounded beside all other weights
     out: list[Cut] = []
-    for item in names:
+    for item in asked:
         if isinstance(item, Cut):
             out.append(item)
-        elif item.strip() not in _CUTS:
-            raise EspalierError(unknown("kind of decision", item.strip(), _CUTS))
+        elif item not in _CUTS:
+            raise EspalierError(unknown("kind of decision", item, _CUTS))
         else:
-            module, name, settings = _CUTS[item.strip()]
+            module, name, settings = _CUTS[item]
             out.append(getattr(import_module(f"{_ROOM}.{module}"), name)(**settings))
     kinds = [cut.kind for cut in out]
     twice = next((k for k in kinds if kinds.count(k) > 1), None)
