@@ -40,6 +40,7 @@ def test_runs(name):
         (985, (0.60, 0.59, 0.58), (10, 16), False),  # more than 1% of it unused
         (995, (0.60, 0.60, 0.58), (10, 16), False),  # no better than one ratio everywhere
         (995, (0.60, 0.58, 0.61), (10, 16), False),  # worse than global L1
+        (995, (0.60, 0.58, 0.60), (10, 16), False),  # no better than it
         (995, (0.60, 0.59, 0.58), (10, 14), False),  # not enough faster than greedy rounds
         (995, (0.60, 0.59, 0.58), (16, 10), False),  # slower than they are
     ],

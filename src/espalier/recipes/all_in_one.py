@@ -133,16 +133,16 @@ def checked(
     lost = [row["alone"] - row["accuracy"] for row in found]
     memory = size["all"] / size["one"]
     fixed, switched = spread(ms, False), spread(ms, True)
+    accurate, small = max(lost) <= MOST_LOST, memory <= MOST_BYTES
+    steady = switched <= MOST_SPREAD * fixed
     return {
         "accuracy_lost": lost,
         "bytes_of_one": memory,
         "spread": {"fixed": fixed, "switching": switched},
-        "accuracy_holds": max(lost) <= MOST_LOST,
-        "memory_holds": memory <= MOST_BYTES,
-        "steady": switched <= MOST_SPREAD * fixed,
-        "holds": bool(
-            max(lost) <= MOST_LOST and memory <= MOST_BYTES and switched <= MOST_SPREAD * fixed
-        ),
+        "accuracy_holds": accurate,
+        "memory_holds": small,
+        "steady": steady,
+        "holds": bool(accurate and small and steady),
     }
 
 

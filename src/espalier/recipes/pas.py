@@ -209,16 +209,16 @@ def checked(found: Mapping[str, Mapping[str, Any]], ended: float, limit: float) 
     own = found["pas"]
     met = abs(ended - 1) <= NEAR and abs(own["macs"] / limit - 1) <= NEAR
     ahead = {name: own["accuracy"] - found[name]["accuracy"] for name in ("l1", "global_l1")}
-    alike = own["apart"] <= ALIKE
+    better, alike = ahead["l1"] > 0, own["apart"] <= ALIKE
     return {
         "gates_off_target": ended - 1,
         "network_off_target": own["macs"] / limit - 1,
         "ahead": ahead,
         "apart": own["apart"],
         "target_met": met,
-        "better": ahead["l1"] > 0,
+        "better": better,
         "alike": alike,
-        "holds": bool(met and alike and ahead["l1"] > 0),
+        "holds": bool(met and better and alike),
     }
 
 
