@@ -141,6 +141,15 @@ def test_small_harms_beside_large_ones_are_told_apart() -> None:
     assert solution.optimal
 
 
+def test_a_limit_far_beyond_every_sum_is_no_limit() -> None:
+    space = Space([ordinal("a", 1, 2), ordinal("b", 1, 2)])
+    harm = [Factor(("a",), np.array([1.0, 0.0])), Factor(("b",), np.array([1.0, 0.0]))]
+    costs = {"ms": [Factor((n,), np.array([0.001, 0.002])) for n in ("a", "b")]}
+    for bound in (1e3, 1e12, 1e300):
+        found = Program(space, harm, costs, [Limit("ms", bound)]).solve()
+        assert dict(found.candidate) == {"a": 2, "b": 2}
+
+
 def test_what_can_not_be_kept_is_said_with_what_is_reachable() -> None:
     space = Space([ordinal("a", 1, 2), ordinal("b", 1, 2)])
     harm = [Factor(("a",), np.array([1.0, 0.0])), Factor(("b",), np.array([1.0, 0.0]))]

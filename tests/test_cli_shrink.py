@@ -179,6 +179,7 @@ def test_a_file_of_a_graph_is_read_like_the_model(own: Path, tmp_path: Path, suf
         (["--max", "bytes"], "NAME=VALUE"),
         (["--max", "bytes=1%"], "least bytes that is reachable"),
         (["--max", "bytes=50%", "--decisions", "widths"], "Did you mean 'width'"),
+        (["--max", "bytes=50%", "--decisions", ""], "unknown kind of decision"),
         (["--max", "bytes=50%", "--solver", "alocate"], "Did you mean 'allocate'"),
         (["--max", "bytes=50%", "--measure", "los"], "Did you mean 'loss'"),
         (["--max", "bytes=50%", "--budget", "soon"], "2min"),

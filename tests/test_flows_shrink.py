@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import espalier as esp
+from espalier.compress.sparsity import stored_bytes
 from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 from espalier.flows import fitting, repairing
@@ -227,9 +229,83 @@ def test_masks_that_learn_answer_within_the_limits_too(tmp_path: Path) -> None:
         found = tiny_shrink(out, **new)
     assert weight_bytes(found.network()) <= 0.6 * weight_bytes(trained())
     assert found.to_json()["shrink"]["solver"]["name"] == "relax"
+    for other in ("width,bits", "width,sparsity"):
+        with pytest.raises(EspalierError, match=rf"not {other[6:]}: leave that out"):
+            tiny_shrink(tmp_path / other, **{**new, "decisions": other})
     assert signature(tiny_shrink(out, resume=True, **new)) == signature(found)
     with pytest.raises(EspalierError, match="add 'width'"):
         tiny_shrink(tmp_path / "b", decisions="depth", within={"macs": "70%"}, **new)
+
+
+def test_what_masks_learned_is_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learned(family: Any, *args: Any, **more: Any) -> Any:
+        names = [n for n in family.space.names if n.startswith("width:")]
+        least = {n: family.space[n].options[0 if i == 0 else -1] for i, n in enumerate(names)}
+        candidate = family.space.candidate({**family.original, **least})
+        scores = {n: torch.arange(float(family.space[n].options[-1])) for n in names}
+        return SimpleNamespace(candidate=candidate, scores=scores)
+
+    monkeypatch.setattr("espalier.flows.gating.dsa", learned)
+    new = {"solver": "relax", "baselines": False, "repair": False, "within": {"bytes": "99%"}}
+    found = tiny_shrink(tmp_path / "run", **new)
+    space = found.family.space
+    first, *others = [n for n in space.names if n.startswith("width:")]
+    assert found.best.candidate[first] == space[first].options[0]
+    assert all(found.best.candidate[n] == space[n].options[-1] for n in others)
+
+
+def test_bytes_of_zeros_are_saved_where_they_are_limited(tmp_path: Path) -> None:
+    new = {"repair": True, "baselines": False, "decisions": "width,sparsity"}
+    found = tiny_shrink(tmp_path / "run", within={"stored_bytes": "60%"}, **new)
+    network = found.network()
+    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    saved = sum(4 * m.weight.numel() - stored_bytes(m.weight) for m in layers)
+    whole = found.original.metrics["stored_bytes"].value
+    assert weight_bytes(network) - saved <= 0.6 * whole
+    assert found.best.metrics["stored_bytes"].value == weight_bytes(network) - saved
+    assert any(k.startswith("sparsity:") and v != 1.0 for k, v in found.best.candidate.items())
+
+
+def test_integers_stay_integers_through_repair_and_export(tmp_path: Path) -> None:
+    found = tiny_shrink(
+        tmp_path / "run", decisions="bits", within={"bytes": "32%"}, baselines=False
+    )
+    assert set(found.best.candidate.values()) == {8}
+    found.publish()
+    session = ort.InferenceSession(found.to_json()["files"]["onnx"])
+    right = total = 0
+    for x, y in task().batches("test", 64):
+        logits = session.run(None, {session.get_inputs()[0].name: x.contiguous().numpy()})[0]
+        right, total = right + int((logits.argmax(1) == y.numpy()).sum()), total + len(y)
+    assert right / total == pytest.approx(found.best.metrics["accuracy"].value, abs=0.02)
+    assert right / total > found.original.metrics["accuracy"].value - 0.1
+    kinds = {n.op_type for n in onnx.load(found.to_json()["files"]["onnx"]).graph.node}
+    assert "QuantizeLinear" in kinds
+
+
+@pytest.mark.parametrize("measure", ["loss", "gradient"])
+def test_other_measures_of_harm_lead_to_answers_too(tmp_path: Path, measure: str) -> None:
+    new = {"solver": "auto", "repair": False, "baselines": False, "measure": measure}
+    found = tiny_shrink(tmp_path / "run", **new)
+    assert found.to_json()["shrink"]["solver"]["name"] == "allocate"  # too many to judge each
+    assert weight_bytes(found.network()) <= 0.6 * weight_bytes(trained())
+    judge = esp.estimators.Calibrated(found.family, task(), measure=measure, images=256, seed=3)
+    assert found.to_json()["shrink"]["measure"] == measure
+    assert np.isfinite(judge.harm([found.best.candidate])[0])
+
+
+def test_what_is_printed_runs_the_same_again(found: esp.Shrunk, tmp_path: Path) -> None:
+    told = found.to_json()["reproduce"]
+    again = {"esp": esp, "model": trained(), **vars(esp)}
+    run = told["python"].replace(repr(task().name), "task", 1)
+    run = run[:-1] + ", recipe=recipe, out=out)"
+    again |= {"task": task(), "recipe": esp.Recipe(epochs=1, lr=0.02), "out": tmp_path / "run"}
+    assert signature(eval(run, again)) == signature(found)
+    assert "--max bytes=60%" in told["command"]
+    assert "--solver allocate" in told["command"]
+    assert "only Python can say" in told["command"]
 
 
 TIMED = {
@@ -261,6 +337,16 @@ def test_latency_is_kept_as_measured(timed: esp.Shrunk) -> None:
         read = study.recorded()[f"latency-trained/{timed.best.candidate.id}"]
     assert read["share"] * timed.original.metrics[LATENCY].value == pytest.approx(read["value"])
     assert {r["metric"] for r in timed.to_json()["shrink"]["spent"]} == {LATENCY, "bytes"}
+
+
+def test_a_limit_in_milliseconds_is_kept_in_milliseconds(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="latency_ms"):
+        tiny_shrink(tmp_path / "a", within={LATENCY: 1e-6}, **TIMED)
+    found = tiny_shrink(tmp_path / "b", within={LATENCY: 1e3, "bytes": "90%"}, **TIMED)
+    assert not any("in turns" in note for note in found.to_json()["notes"])
+    with Study.open(found.folder) as study:
+        assert "share" not in study.recorded()[f"latency-trained/{found.best.candidate.id}"]
+    assert weight_bytes(found.network()) <= 0.9 * weight_bytes(trained())
 
 
 # --- fitting to a measured limit ---------------------------------------------------------------

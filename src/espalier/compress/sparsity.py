@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.costs.cost import Builder, CodeCost
-from espalier.costs.pieces import Piece, pieces_of
+from espalier.costs.pieces import Piece, Terms, pieces_of
 from espalier.errors import EspalierError
 from espalier.problem import Metric, Metrics
 from espalier.space import Decision, Option, ordinal
@@ -191,6 +191,10 @@ class StoredBytes(CodeCost):
         for part in self._pieces.parts(codes):
             total += part.values(np.array([self._of(p) for p in part.pieces], dtype=float))
         return Metrics({"stored_bytes": total}, self.metrics)
+
+    def terms(self, metric: str) -> Terms:
+        """The bytes of each piece, from which those of networks follow."""
+        return Terms(self._pieces, self._of)
 
     def _of(self, piece: Piece) -> float:
         key = (piece.unit, piece.candidate)

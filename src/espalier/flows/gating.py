@@ -39,6 +39,12 @@ def relaxing(job: Shrinking) -> Solve:
             "solver 'relax' learns which channels stay: add 'width' to the decisions, or take "
             "solver='allocate'"
         )
+    others = {n.partition(":")[0] for n in job.family.space.names} & {"bits", "sparsity"}
+    if others:
+        raise EspalierError(
+            f"solver 'relax' learns which channels and blocks stay, not {' or '.join(sorted(others))}: "
+            "leave that out of the decisions, or take solver='allocate'"
+        )
     path = job.study.folder / "gates-scores.safetensors"
 
     def learn() -> dict[str, Any]:

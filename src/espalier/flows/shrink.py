@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from espalier import tasks
 from espalier.compress import Bits, Cut, Depth, Pretrained, Sparsity, Widths
 from espalier.compress.importance import scores
+from espalier.compress.sparsity import StoredBytes
 from espalier.compress.widths import BoundWidths
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError, EspalierError, unknown
@@ -117,9 +118,10 @@ def shrink(
                 show.note(text)
             study.event("phase", name="reading the model", seconds=time.time() - began)
             job = Shrinking(
-                family, task, asked, runtime, study, seed, spend, show, repair, recipe, measure, taken
+                family, task, asked, runtime, study, seed, spend, show, repair, recipe, measure, taken,
+                solver=solver, baselines=baselines, cuts=cuts,
             )  # fmt: skip
-            return _run(job, solver, baselines, began)
+            return _run(job, began)
     except EspalierError as error:
         if resume:
             raise
@@ -129,7 +131,7 @@ def shrink(
         raise type(error)(f"{error}; what was measured is kept: reuse {folder}") from error
 
 
-def _run(job: Shrinking, solver: str, baselines: bool, began: float) -> Shrunk:
+def _run(job: Shrinking, began: float) -> Shrunk:
     with job.phase("original"):
         job.read_original()
         check_counted(job)
@@ -137,13 +139,13 @@ def _run(job: Shrinking, solver: str, baselines: bool, began: float) -> Shrunk:
         job.calibrate()
     with job.phase("sensitivity"):
         job.set_estimator()
-        name, why = chosen(job, solver)
+        name, why = chosen(job, job.solver)
         job.show.note(f"solver {name}: {why}")
         solves = solves_by(job, name)
     with job.phase("allocation"):
         job.show.phase("choosing within the limits as measured", 1)
         wanted = {_ANSWER: best_fitted(job, _ANSWER, solves)}
-        if baselines:
+        if job.baselines:
             wanted |= rivals(job)
     with job.phase("repair"):
         entries = repair_all(job, wanted)
@@ -208,7 +210,7 @@ def _limits(within: Limits | Sequence[Limit], task: Task) -> tuple[Limit, ...]:
         raise BudgetError(
             "a shrink needs a limit, like latency_ms=60% or bytes=50% of the original's"
         )
-    known = {m.name: m for m in (*Counts.metrics, *PredictedLatency.metrics)}
+    known = {m.name: m for m in (*Counts.metrics, *StoredBytes.metrics, *PredictedLatency.metrics)}
     check_names(asked, known, task.metrics)
     return asked
 

@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from espalier import train
-from espalier.compress import Pretrained
-from espalier.costs import Counts, OnnxRuntime, PredictedLatency
+from espalier.compress import Cut, Pretrained
+from espalier.compress.sparsity import StoredBytes
+from espalier.costs import CodeCost, Counts, OnnxRuntime, PredictedLatency
 from espalier.costs.side_by_side import ratio
 from espalier.estimators.calibration import Calibrated, Measure
 from espalier.export import to_onnx
@@ -28,7 +29,7 @@ from espalier.study import Study
 from espalier.tasks import Task
 from espalier.train import Recipe
 
-LATENCY = "latency_ms"
+LATENCY, STORED = "latency_ms", "stored_bytes"
 # Shares of the whole time; repair has what is left.
 _TABLE, _PROFILE = 0.25, 0.25
 _PIECE = 0.35  # to export and time one piece, as a share of that of a whole network
@@ -64,9 +65,15 @@ class Shrinking(Measuring):
     calibrated: Calibrated = field(init=False)
     profile: Profile | None = None
     phase_started: float = field(default_factory=time.time)
+    solver: str = "auto"
+    baselines: bool = True
+    cuts: Sequence[Cut] = ()
+    asked: tuple[Limit, ...] = field(init=False)  # with shares as shares
     beside: bool = field(init=False)
+    greedy: dict[Candidate, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.asked = self.limits
         # a share of the original's latency is timed beside the original
         self.beside = any(x.metric == LATENCY and x.relative for x in self.limits)
 
@@ -89,7 +96,7 @@ class Shrinking(Measuring):
         """Measures the original, and turns shares of it into numbers."""
         self.show.phase("measuring the original", _ORIGINAL_TIMES)
         candidate = self.family.original
-        self.pricing = Pricing(self.family.space, [Counts(self.family)])
+        self.pricing = Pricing(self.family.space, self._counted())
         readings = self.price(candidate)
 
         def measure() -> dict[str, Any]:
@@ -110,6 +117,11 @@ class Shrinking(Measuring):
         readings.update(self.validated(judged))
         self.original = Entry(candidate, "the original", readings)
         self.limits = tuple(x.resolve(readings[x.metric].value) for x in self.limits)
+
+    def _counted(self) -> list[CodeCost]:
+        """The exact costs; bytes without zeros are counted where they are limited."""
+        stored = any(x.metric == STORED for x in self.limits)
+        return [Counts(self.family), *([StoredBytes(self.family)] if stored else [])]
 
     @cached_property
     def given(self) -> tuple[bytes, Tensor]:
@@ -165,7 +177,7 @@ class Shrinking(Measuring):
             lambda: fresh.calibrate(seed=self.seed, progress=self.show.step, limit=most),
         )
         self.predicted = PredictedLatency.from_json(self.family, self.runtime, table)
-        self.pricing = Pricing(self.family.space, [Counts(self.family), self.predicted])
+        self.pricing = Pricing(self.family.space, [*self._counted(), self.predicted])
 
     def set_estimator(self) -> None:
         """Decides once on how many training images a candidate is judged, from timed passes."""

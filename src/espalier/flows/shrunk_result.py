@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
+from espalier.compress import Cut
 from espalier.errors import EspalierError
 from espalier.flows.machine import versions
 from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
 from espalier.flows.shrinking import LATENCY
+from espalier.problem import Limit
 
 if TYPE_CHECKING:
     from espalier.flows.finals import Entry
@@ -60,9 +65,26 @@ def shrunk_json(
             *beaten(job, found.best, found.baselines),
             *(f"The baseline {n} is over the limit as measured and is left out." for n in left_out),
         ],
-        "notes": [*job.study.notes, *_beside(job), *disturbances(job, error, found.best)],
+        "notes": [
+            *job.study.notes,
+            *_beside(job),
+            *_against_greedy(job, found),
+            *disturbances(job, error, found.best),
+        ],
         "reproduce": reproduce(job),
     }
+
+
+def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
+    """What the exact program gains over taking one decision after another."""
+    ours, theirs = job.greedy.get(found.best.candidate, (0.0, 0.0))
+    if ours == theirs:
+        return []
+    other = f"{theirs:.4g}" if math.isfinite(theirs) else "no answer"
+    return [
+        f"By what each option harms alone, the exact program's answer harms {ours:.4g}; greedy "
+        f"allocation, the most harm saved per cost, under the same limits: {other}."
+    ]
 
 
 def _beside(job: Shrinking) -> list[str]:
@@ -152,17 +174,52 @@ def _repair_row(job: Shrinking, entry: Entry) -> dict[str, Any]:
 
 
 def reproduce(job: Shrinking) -> dict[str, Any]:
-    """The command and the Python that run this shrink again."""
-    within = {x.metric: f"{x.op} {x.bound:g}" for x in job.limits}
-    flags = " ".join(f"--max {x.metric}={x.bound:g}" for x in job.limits if x.op == "<=")
-    kinds = ",".join(dict.fromkeys(d.name.split(":")[0] for d in job.family.space.decisions))
-    budget = str(job.budget).replace(" ", "")
-    command = (
-        f"espalier shrink MODEL --task {shlex.quote(job.task.name)} {flags} "
-        f"--decisions {kinds} --budget {shlex.quote(budget)} --seed {job.seed}"
+    """The command and the Python that run this shrink again, limits as they were asked for."""
+    kinds = ",".join(dict.fromkeys(cut.kind for cut in job.cuts))
+    runtime, flags = job.runtime, list[str]()
+    for name, value, usual in (
+        ("solver", job.solver, "auto"),
+        ("measure", job.measure, "divergence"),
+        ("device", runtime.device, "cpu"),
+        ("threads", runtime.threads, 1),
+        ("batch", runtime.batch, 1),
+    ):
+        flags += [f"--{name} {shlex.quote(str(value))}"] if value != usual else []
+    flags += [] if job.repair else ["--no-repair"]
+    flags += [] if job.baselines else ["--no-baselines"]
+    command = " ".join(
+        [
+            f"espalier shrink MODEL --weights WEIGHTS --task {shlex.quote(job.task.name)}",
+            *(f"--max {x.metric}={_bound(x)}" for x in job.asked if x.op == "<="),
+            f"--decisions {kinds} --budget {shlex.quote(str(job.budget).replace(' ', ''))}",
+            *(f"--seed {job.seed}", *flags),
+        ]
     )
+    if any(_called(cut) != f"{type(cut).__name__}()" for cut in job.cuts):
+        command += "  # and the settings of the cuts, which only Python can say"
+    within = {x.metric: f"{x.op} {_bound(x)}" for x in job.asked}
+    cuts = ", ".join(f"esp.compress.{_called(cut)}" for cut in job.cuts)
     python = (
-        f"esp.shrink(model, {job.task.name!r}, within={within!r}, on=esp.costs.{job.runtime!r}, "
-        f"decisions={kinds!r}, budget={str(job.budget)!r}, seed={job.seed})"
+        f"esp.shrink(model, {job.task.name!r}, within={within!r}, on=esp.costs.{runtime!r}, "
+        f"decisions=[{cuts}], budget={str(job.budget)!r}, solver={job.solver!r}, "
+        f"measure={job.measure!r}, repair={job.repair}, baselines={job.baselines}, seed={job.seed})"
     )
     return {"command": command, "python": python, "versions": versions()}
+
+
+def _bound(limit: Limit) -> str:
+    """A limit's number such that reading it gives the same again."""
+    return f"{100 * limit.bound:.12g}%" if limit.relative else f"{limit.bound:.12g}"
+
+
+def _called(cut: Cut) -> str:
+    """The call that makes a cut; tensors that were given are named only."""
+    given: list[str] = []
+    every: tuple[Field[Any], ...] = fields(cut) if is_dataclass(cut) else ()
+    for f in every:
+        value = getattr(cut, f.name)
+        if isinstance(value, Tensor):
+            given.append(f"{f.name}={f.name.upper()}")
+        elif value != f.default and not isinstance(value, Mapping):
+            given.append(f"{f.name}={value!r}")
+    return f"{type(cut).__name__}({', '.join(given)})"

@@ -103,9 +103,19 @@ def program_on(job: Shrinking, harm: Sequence[Factor]) -> Solve:
 
     def solve(limits: Sequence[Limit]) -> Candidate:
         program = Program(job.family.space, told, costs, limits)
-        return program.solve(seconds=_seconds(job), seed=job.seed).candidate
+        found = program.solve(seconds=_seconds(job), seed=job.seed)
+        job.greedy[found.candidate] = found.harm, _greedily(program)
+        return found.candidate
 
     return solve
+
+
+def _greedily(program: Program) -> float:
+    """The harm of the baseline, a decision after another by harm saved per cost; inf for none."""
+    try:
+        return program.greedy().harm
+    except BudgetError:
+        return math.inf
 
 
 def _sparing(job: Shrinking, harm: Sequence[Factor]) -> list[Factor]:

@@ -17,6 +17,7 @@ Scope = tuple[int, ...]  # columns, increasing
 Tables = dict[Scope, Array]
 _FINE = 2.0**40  # steps of a whole number that stand for the largest sum of interest
 _EXACT = 2.0**50
+_LOOSE = 2.0**60
 
 
 def ordered(space: Space, factor: Factor) -> tuple[Scope, Array]:
@@ -80,7 +81,8 @@ class Whole:
     def bound(self, limit: float) -> int:
         """The largest whole sum of which the true sum may keep `limit`; -1 where none can."""
         room = limit - self.base
-        return math.floor(room * self.scale) if room >= 0 else -1
+        # far beyond every sum, so no limit at all, and still a number that the solver takes
+        return math.floor(min(room * self.scale, _LOOSE)) if room >= 0 else -1
 
     def true(self, total: float) -> float:
         """The least true sum of a whole one."""
