@@ -12,7 +12,15 @@ from espalier.cli.printing import print_explained, print_found
 from espalier.errors import EspalierError
 
 
-def refuse(weights: Path | None, solver: str, text: Path | None, explain: bool) -> None:
+def refuse(
+    weights: Path | None,
+    solver: str,
+    text: Path | None,
+    explain: bool,
+    task: str = "digits",
+    device: str = "cpu",
+    batch: int = 1,
+) -> None:
     """Options that a language model has no use for, and what it can't do without.
 
     Errors: `EspalierError`.
@@ -22,6 +30,16 @@ def refuse(weights: Path | None, solver: str, text: Path | None, explain: bool) 
     if solver != "auto":
         raise EspalierError(
             f"a language model is solved by allocation and evolution: leave out --solver {solver}"
+        )
+    if task != "digits":
+        raise EspalierError(f"what a language model is for is --text FILE: leave out --task {task}")
+    if device != "cpu":
+        raise EspalierError(
+            f"a language model is read and timed on the processor: leave out --device {device}"
+        )
+    if batch != 1:
+        raise EspalierError(
+            f"times of a language model are those of one sequence: leave out --batch {batch}"
         )
     if text is None and not explain:
         raise EspalierError(

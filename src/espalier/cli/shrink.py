@@ -126,12 +126,14 @@ def shrink(
     hint = f" Go on with the same command and --resume (study: {out})." if out else ""
     if Path(model).is_dir() or text is not None:
         with one_line_errors(hint):
-            refuse(weights, solver, text, explain)
+            refuse(weights, solver, text, explain, task, device, batch)
             limited = limits(max_ or [])
             if memory is not None:
                 fixed = {"--decisions": decisions, "--explain": explain, "--reuse": reuse}
                 fixed |= {"--resume": resume, "--no-baselines": not baselines}
-                refuse_in_layers(fixed | {"--no-repair": not repair}, out)
+                fixed |= {"--grouped": grouped, "--measure": measure != "divergence"}
+                fixed |= {"--no-repair": not repair, "--threads": threads != 1}
+                refuse_in_layers(fixed, out)
                 in_layers(
                     model, text, memory, as_json, quiet,
                     within=limited, context=context, seed=seed, out=out,
@@ -141,7 +143,7 @@ def shrink(
                 model, text, explain, as_json, quiet,
                 within=limited, budget=budget, decisions=decisions, grouped=grouped,
                 context=context, measure=measure, repair=repair, baselines=baselines, seed=seed,
-                out=out, resume=resume, reuse=reuse,
+                threads=threads, out=out, resume=resume, reuse=reuse,
             )  # fmt: skip
         return
     with one_line_errors(hint):

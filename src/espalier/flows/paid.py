@@ -11,6 +11,11 @@ from typing import Any
 from espalier.errors import StudyError
 from espalier.study import Study
 
+_ANOTHER = {
+    "model": "it shrank another model",
+    "data": "it saw other data (another file, or other sizes of it)",
+}
+
 
 @dataclass(frozen=True)
 class Paid:
@@ -23,7 +28,7 @@ class Paid:
     same: tuple[str, ...]
     taken: tuple[str, ...]
     timed: tuple[str, ...]
-    where: str
+    where: str | tuple[str, ...]
     dear: tuple[str, ...]
 
     def of(self, folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,17 +38,38 @@ class Paid:
         """
         with Study.open(folder) as other:
             recorded = other.meta["identity"]
-            for key in self.same:
-                if recorded.get(key) != json.loads(json.dumps(identity[key])):
-                    raise StudyError(
-                        f"can't reuse {folder}: its {key} is {recorded.get(key)!r}, "
-                        f"this shrink's is {identity[key]!r}"
-                    )
-            same = recorded.get(self.where) == identity[self.where]
+            self.check(folder, recorded, identity)
+            places = (self.where,) if isinstance(self.where, str) else self.where
+            same = all(recorded.get(key) == identity.get(key) for key in places)
             wanted = (*self.taken, *self.timed) if same else self.taken
             return {k: v for k, v in other.recorded().items() if k.startswith(wanted)}
+
+    def check(self, folder: Path, then: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Refuses the study of another identity in words. Errors: `StudyError`."""
+        now = plain(identity)
+        for key in self.same:
+            if then.get(key) == now[key]:
+                continue
+            told = f"its {key} is {then.get(key)!r}, this shrink's is {now[key]!r}"
+            if key in ("space", "cuts"):
+                told = other_decisions(then, now)
+            raise StudyError(f"can't reuse {folder}: {_ANOTHER.get(key, told)}")
 
     def nothing(self, folder: Path) -> bool:
         """Whether a study that was refused holds nothing that another could reuse."""
         with Study.open(folder) as study:
             return not any(key.startswith(self.dear) for key in study.recorded())
+
+
+def other_decisions(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How the decisions of two identities differ, in kinds."""
+    before, after = (", ".join(cut["kind"] for cut in of.get("cuts", ())) for of in (then, now))
+    if before == after:
+        return f"it decided {after} with other settings"
+    return f"it decided {before}; this shrink decides {after}"
+
+
+def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as a study gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(identity))
+    return found

@@ -59,6 +59,7 @@ def shrink_language(
     baselines: bool = True,
     windows: tuple[int, int, int] = _WINDOWS,
     seed: int = 0,
+    threads: int = 1,
     out: str | Path | None = None,
     resume: bool = False,
     reuse: str | Path | None = None,
@@ -82,8 +83,10 @@ def shrink_language(
       for. `grouped`: all layers keep one shape.
     - `context`: tokens of a window; by default the model's, at most 512.
     - `measure`: what harm is: "divergence" of the outputs, "loss", or "gradient".
+    - `threads`: what times are measured with.
     - `out`: the folder of the study and of the smaller model. `resume` goes on from it; `reuse`
-      takes the profile of an earlier shrink over, so that other limits take seconds up to repair.
+      takes the profile of an earlier shrink over, so that other limits take seconds up to repair; of
+      one with other decisions, what the kinds in common harm.
 
     The answer keeps the limits, or `BudgetError` says what is reachable. Raises `EspalierError` with
     one line for bad input.
@@ -91,6 +94,8 @@ def shrink_language(
     began = time.time()
     if measure not in MEASURES:
         raise EspalierError(unknown("measure of harm", measure, MEASURES))
+    if threads < 1:
+        raise EspalierError(f"times are measured with 1 thread or more, got {threads}")
     asked, length = language_limits(within)
     spend = SearchBudget.parse(budget)
     folder = read_folder(model)
@@ -98,14 +103,15 @@ def shrink_language(
     task = _text(folder, text, context, windows, seed)
     network = folder.model()
     cuts, family = _family(folder, network, task, decisions, asked, grouped)
-    at, runtime = _length(length, family.anatomy.context, asked)
+    at, runtime = _length(length, family.anatomy.context, asked, threads)
     where = Path(out) if out is not None else free_folder(f"{folder.path.name}-small")
     _check_out(where, folder)
     identity = language_identity(
         folder, family, task, asked, at, cuts,
         measure=measure, seed=seed, grouped=grouped, repair=repair, baselines=baselines,
+        threads=threads,
     )  # fmt: skip
-    taken = {} if reuse is None else PAID.of(Path(reuse), identity)
+    taken = {} if reuse is None else PAID.of_space(Path(reuse), identity, family.space)
     study = (
         Study.resume(where, identity)
         if resume
@@ -257,7 +263,9 @@ def _family(
     return cuts, Language(network, calibration, cuts, grouped=grouped, name=folder.path.name)
 
 
-def _length(length: int | None, most: int, asked: Sequence[Limit]) -> tuple[int, Generation | None]:
+def _length(
+    length: int | None, most: int, asked: Sequence[Limit], threads: int
+) -> tuple[int, Generation | None]:
     """At how many tokens cache and times are asked for, and what measures the times, if they are."""
     if not any(x.metric in TIMES for x in asked):
         return length or most, None
@@ -266,7 +274,7 @@ def _length(length: int | None, most: int, asked: Sequence[Limit]) -> tuple[int,
             f"times are measured at a context that the model has, at most {most}, got @{length}"
         )
     at = length or min(most, _CONTEXT)
-    return at, Generation(at)
+    return at, Generation(at, threads)
 
 
 def _check_out(where: Path, folder: Folder) -> None:
