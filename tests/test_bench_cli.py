@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from espalier.cli import app
 
 
 def espalier(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -53,8 +56,9 @@ def test_with_no_data_at_all_it_runs_on_the_table_that_ships(tmp_path: Path) -> 
 def test_bad_input_is_one_line_and_exit_code_2(
     words: list[str], expected: str, tmp_path: Path
 ) -> None:
-    done = espalier("bench", *words, "--out", tmp_path / "run")
-    assert done.returncode == 2
+    given = ["bench", *words, "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, given, env={"ESPALIER_DATA": None})
+    assert done.exit_code == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
     assert not done.stdout
