@@ -249,5 +249,10 @@ largest's learning rate at the cpu scale, where it has few steps. Widths of stag
 published; sizes are ours. The teacher sees images at full resolution where resolution is elastic. The
 search that specialises a subnet for a device is not part of this check: `espalier.search` does it on
 any family.
+
+Five seeds at the scale cpu: the check holds in all. 30 random subnets have 41.0% on test on average (39.8% to 42.1%), slices of
+the normally trained network 21.6%; ten of the 30 trained alone have 37.5%, 3.6 points less than as
+subnets (2.4 to 5.0). The order of the stages matters, a little and always: reversed, subnets have 39.6%, 1.4 points less
+(0.8 to 2.2).
 """,
 )
