@@ -22,7 +22,9 @@ class Wanted:
     `flops` are multiply-accumulates with norms, activations and additions, as the authors' own
     counter has them, `params` those without a classifier. `effectiveness` None: no limit.
     `uneven` is the first group whose depth is to be even with the later ones'. Without `sized` the
-    height of feature maps does not count, as in the authors' counter of depthwise blocks.
+    height of feature maps does not count, as in the authors' counter of depthwise blocks. With `classes`
+    costs are the package's own instead: `flops` are the multiply-accumulates of all convolutions and
+    of the classifier and nothing else, `params` all of them.
     """
 
     layout: Layout
@@ -39,6 +41,12 @@ class Wanted:
     deepest: int = 20
     channels: int = 3
     sized: bool = True
+    classes: int = 0
+
+    @property
+    def beside(self) -> int:
+        """Flops of a norm, an activation and an addition behind one output, where they count."""
+        return 0 if self.classes else 3
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -72,17 +80,17 @@ def entropy(wanted: Wanted, inputs: Any, inner: Any, kernel: Any) -> Any:
 def narrowing(wanted: Wanted, n: int, inputs: Any, inner: Any) -> tuple[Any, Any]:
     """Flops and parameters of a group's first convolution."""
     side = wanted.sides[n] ** 2
-    return side * (inputs * inner + 3 * inner), inputs * inner + 2 * inner
+    return side * (inputs * inner + wanted.beside * inner), inputs * inner + 2 * inner
 
 
 def projecting(wanted: Wanted, n: int, inputs: Any, out: Any) -> tuple[Any, Any]:
     """Flops and parameters of what leads around a group's first block."""
     stride, side = wanted.layout.strides[n], wanted.sides[n] ** 2
     after = wanted.sides[n + 1] ** 2
-    pooled = side * (stride == 2) * inputs
+    pooled = side * (stride == 2 and not wanted.classes) * inputs
     if wanted.layout.depthwise:
         return pooled * (inputs == out), 0.0 * inputs * out
-    return pooled + after * (inputs * out + 3 * out), inputs * out + 2 * out
+    return pooled + after * (inputs * out + wanted.beside * out), inputs * out + 2 * out
 
 
 def rest(wanted: Wanted, n: int, inner: Any, kernel: Any, out: Any, depth: Any) -> tuple[Any, Any]:
@@ -90,24 +98,30 @@ def rest(wanted: Wanted, n: int, inner: Any, kernel: Any, out: Any, depth: Any) 
     side = wanted.sides[n + 1] ** 2
     fan = 1.0 if wanted.layout.depthwise else inner
     filters, widening = inner * fan * kernel**2, inner * out
-    flops = depth * (filters + 3 * inner + widening + 3 * out)
-    flops = flops + (depth - 1) * (widening + 3 * inner)
+    more = wanted.beside
+    flops = side * depth * (filters + more * inner + widening + more * out)
+    flops = flops + side * (depth - 1) * (widening + more * inner)
     params = depth * (filters + 2 * inner + widening + 2 * out)
     params = params + (depth - 1) * (widening + 2 * inner)
     if wanted.layout.depthwise:
         squeezed = np.maximum(1, np.round(inner * 0.25) // 8) * 8
         params = params + depth * (2 * inner * squeezed + 2 * inner + 2 * squeezed)
-    return side * flops, params
+        if wanted.classes:  # on one pixel; the authors' counter leaves them out
+            flops = flops + depth * 2 * inner * squeezed
+    return flops, params
 
 
 def ends(wanted: Wanted, stem: Any, last: Any) -> tuple[Any, Any]:
-    """Flops and parameters of the stem and of the head."""
+    """Flops and parameters of the stem, of the head and of the classifier, where it counts."""
     side, head = (wanted.resolution / wanted.layout.stem_stride) ** 2, wanted.layout.head
     fan = 9 * wanted.channels
-    flops, params = side * (fan * stem + 3 * stem), fan * stem + 2 * stem
+    more, classes = wanted.beside, wanted.classes
+    flops, params = side * (fan * stem + more * stem), fan * stem + 2 * stem
     if head:
-        flops = flops + wanted.sides[-1] ** 2 * (last * head + 3 * head)
+        flops = flops + wanted.sides[-1] ** 2 * (last * head + more * head)
         params = params + last * head + 2 * head
+    features = head or last
+    flops, params = flops + features * classes, params + features * classes + classes
     return flops, params
 
 

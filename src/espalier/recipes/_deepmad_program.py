@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from espalier.errors import BudgetError, EspalierError
+from espalier.errors import BudgetError, EspalierError, MissingExtra
 from espalier.recipes import _deepmad as deepmad
 from espalier.recipes._deepmad import Wanted
 from espalier.recipes._deepmad_near import Near, eight
@@ -107,6 +107,8 @@ def _solved(
     start = None if hint is None else local.encoded(hint)
     try:
         answer = program.solve(seconds, seed=seed, hint=start)
+    except MissingExtra:
+        raise
     except EspalierError:  # none near it, or none in time
         return dict(center)
     return local.decoded(answer.candidate)
