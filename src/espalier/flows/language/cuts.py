@@ -9,6 +9,7 @@ from typing import Any
 from espalier.compress import Cut
 from espalier.compress.language.anatomy import Anatomy, Experts
 from espalier.errors import EspalierError, unknown
+from espalier.flows.shrink_identity import settings_of
 from espalier.problem import Limit
 
 _ROOM = "espalier.compress.language"
@@ -60,14 +61,26 @@ def language_cuts(
         elif item not in _CUTS:
             raise EspalierError(unknown("kind of decision", item, _CUTS))
         else:
-            module, name, settings = _CUTS[item]
-            out.append(getattr(import_module(f"{_ROOM}.{module}"), name)(**settings))
+            out.append(_made(item))
     kinds = [cut.kind for cut in out]
     twice = next((k for k in kinds if kinds.count(k) > 1), None)
     if twice is not None or not out:
         got = f"{twice} twice" if twice else "none"
         raise EspalierError(f"a shrink needs kinds of decision, each once, got {got}")
     return tuple(out)
+
+
+def name_of(cut: Cut) -> str:
+    """The name that stands for a cut with these settings; '' where none does."""
+    own = settings_of(cut)
+    found = (n for n in NAMES if type(m := _made(n)) is type(cut) and settings_of(m) == own)
+    return next(found, "")
+
+
+def _made(name: str) -> Cut:
+    module, kind, settings = _CUTS[name]
+    cut: Cut = getattr(import_module(f"{_ROOM}.{module}"), kind)(**settings)
+    return cut
 
 
 def _defaults(anatomy: Anatomy, limited: Sequence[str], grouped: bool) -> list[str]:

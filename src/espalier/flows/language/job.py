@@ -13,6 +13,7 @@ from espalier.compress.language.files.folder import Folder
 from espalier.compress.language.repair.refit import Reconstruction
 from espalier.flows.finals import Entry
 from espalier.flows.language.harm import LanguageHarm, loss_of
+from espalier.flows.language.reproducing import Asked
 from espalier.flows.measuring import Measuring
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display
@@ -34,7 +35,7 @@ ORIGINAL = "the original"
 class LanguageJob(Measuring):
     """Everything a shrink of a language model works with.
 
-    `paid` reads what an earlier study of the same recorded; `context` is the length at which cache
+    `asked` is the question as it was written, `paid` what an earlier study recorded; `context` is the length at which cache
     and latency are asked for.
     """
 
@@ -49,6 +50,7 @@ class LanguageJob(Measuring):
     budget: SearchBudget
     show: Display
     measure: str
+    asked: Asked
     grouped: bool = False
     paid: Mapping[str, Any] = field(default_factory=dict)
     estimates: dict[Candidate, Reading] = field(default_factory=dict)

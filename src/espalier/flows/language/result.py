@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import EspalierError
 from espalier.flows.language.limits import KNOWN
+from espalier.flows.language.reproducing import reproduce
 from espalier.flows.machine import machine, versions
 from espalier.flows.result import beaten, entry_json
 from espalier.flows.shrunk_result import sensitivity_rows
@@ -155,23 +155,3 @@ def repair_row(job: LanguageJob, entry: Entry) -> dict[str, Any]:
             for s in recorded["stages"]
         ],
     }
-
-
-def reproduce(job: LanguageJob) -> dict[str, Any]:
-    """The command and the Python that run this shrink again."""
-    lengths = {"kv_bytes": f"@{job.context}", "prefill_ms": f"@{job.context}"}
-    lengths["decode_ms"] = f"@{job.context}"
-    within = {x.metric: f"{x.bound:g}{lengths.get(x.metric, '')}" for x in job.limits}
-    flags = " ".join(f"--max {name}={value}" for name, value in within.items())
-    budget = str(job.budget).replace(" ", "")
-    grouped = " --grouped" if job.grouped else ""
-    command = (
-        f"espalier shrink {shlex.quote(job.folder.path.name)} --text {shlex.quote(job.task.name)} "
-        f"{flags} --context {job.task.context} --budget {shlex.quote(budget)} --seed {job.seed}{grouped}"
-    )
-    python = (
-        f"esp.shrink_language({job.folder.path.name!r}, {job.task.name!r}, within={within!r}, "
-        f"budget={str(job.budget)!r}, context={job.task.context}, seed={job.seed}"
-        f"{', grouped=True' if job.grouped else ''})"
-    )
-    return {"command": command, "python": python, "versions": versions()}

@@ -27,6 +27,7 @@ from espalier.flows.language.job import LanguageJob
 from espalier.flows.language.latency import fitted, measured, still_kept, times
 from espalier.flows.language.limits import language_limits
 from espalier.flows.language.repairing import repair_all, tested_readings
+from espalier.flows.language.reproducing import WINDOWS, Asked
 from espalier.flows.language.rivals import rivals
 from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
 from espalier.flows.language.solving import check_reach, evolved, finalist, solved
@@ -40,7 +41,6 @@ from espalier.study import Study
 from espalier.tasks.tokens import TokenText, encoder, token_text
 
 _CONTEXT = 512  # of windows, where the model allows more and none is asked for
-_WINDOWS = (512, 64, 128)  # calibration, validation, test
 _CALIBRATED = 32  # windows that the order of heads and units, and scales, are read from
 _CALIBRATED_TOKENS = 8192
 
@@ -57,7 +57,7 @@ def shrink_language(
     measure: str = "divergence",
     repair: bool = True,
     baselines: bool = True,
-    windows: tuple[int, int, int] = _WINDOWS,
+    windows: tuple[int, int, int] = WINDOWS,
     seed: int = 0,
     threads: int = 1,
     out: str | Path | None = None,
@@ -97,6 +97,9 @@ def shrink_language(
     if threads < 1:
         raise EspalierError(f"times are measured with 1 thread or more, got {threads}")
     asked, length = language_limits(within)
+    if not (decisions is None or isinstance(decisions, str)):
+        decisions = tuple(decisions)
+    wanted = Asked(asked, decisions, repair, baselines, threads, windows)
     spend = SearchBudget.parse(budget)
     folder = read_folder(model)
     _check_kind(folder)
@@ -124,7 +127,8 @@ def shrink_language(
                 show.note(line)
             study.event("phase", name="reading the model", seconds=time.time() - began)
             job = LanguageJob(
-                folder, family, task, asked, at, runtime, study, seed, spend, show, measure, grouped, taken
+                folder, family, task, asked, at, runtime, study, seed, spend, show, measure, wanted, grouped,
+                taken,
             )  # fmt: skip
             return _run(job, cuts, repair, baselines, began)
     except EspalierError as error:
