@@ -76,11 +76,27 @@ def loaded(text: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[Path(path).stem] = module
     sys.path.insert(0, str(Path(path).parent.resolve()))  # so that workers find the module too
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except EspalierError:
+        raise
+    except Exception as error:
+        raise EspalierError(f"{path} can't be loaded: it raised {_said(error)}") from error
     if not hasattr(module, name):
         raise EspalierError(f"{path!r} has no {name!r}: write my.py:name, a file and a name in it")
     made = getattr(module, name)
-    return made() if callable(made) and _takes_nothing(made) else made
+    try:
+        return made() if callable(made) and _takes_nothing(made) else made
+    except EspalierError:
+        raise
+    except Exception as error:
+        raise EspalierError(f"{path}:{name} raised {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """The kind of an error and the first line that it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _takes_nothing(made: Any) -> bool:
