@@ -21,6 +21,11 @@ def from_file(path: Path) -> nn.Module:
 
     Nothing in the file is run when it is read. Errors: `DataError` in one line.
     """
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[nn.Module, int | None]:
+    """The model of a file, and the batch that it was exported for where it is fixed."""
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"can't read a model from {str(path)!r}: give model.py:make_model, or a file that "
@@ -29,18 +34,27 @@ def from_file(path: Path) -> nn.Module:
     if not path.is_file():
         raise DataError(f"no model file {str(path)!r}")
     if path.suffix == ".onnx":
-        from espalier.flows.onnx_model import from_onnx
+        from espalier.flows.onnx_model import read_onnx
 
-        return from_onnx(path)
+        return read_onnx(path)
     try:
         with quiet():
             program = torch.export.load(path)
-        return from_program(program)
+        return from_program(program), _fixed_batch(program)
     except DataError:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"can't read {path} as a file of torch.export: {first[:160]}") from error
+
+
+def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
+    given = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in given:
+            shape: Any = getattr(node.meta.get("val"), "shape", ())
+            return shape[0] if len(shape) and isinstance(shape[0], int) else None
+    return None
 
 
 def from_program(program: torch.export.ExportedProgram) -> nn.Module:
@@ -111,6 +125,7 @@ class _Rebuilt:
         if make is not None:
             given: dict[str, Any] = dict(node.kwargs)
             given |= zip((a.name for a in schema.arguments), node.args, strict=False)
+            given["rank"] = getattr(given["input"].meta.get("val"), "ndim", 0)
             layer = make(given, self.tensor)
             if layer is not None:
                 place = self.names[given["weight"].name].rpartition(".")[0] or node.name
@@ -175,7 +190,10 @@ def _batch_norm(given: dict[str, Any], tensor: _Take) -> nn.Module | None:
     found = {name: tensor(given.get(name)) for name in names}
     if any(t is None for t in found.values()):
         return None
-    layer = nn.BatchNorm2d(len(found["weight"]), eps=given.get("eps", 1e-5))  # type: ignore[arg-type]
+    kind: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 5: nn.BatchNorm3d}.get(
+        given["rank"], nn.BatchNorm2d
+    )
+    layer = kind(len(found["weight"]), eps=given.get("eps", 1e-5))  # type: ignore[arg-type]
     return _filled(layer, **found)
 
 

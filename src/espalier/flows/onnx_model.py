@@ -1,92 +1,195 @@
-"""An ONNX file as a torch module: the operators of convolutional and fully connected networks."""
+"""An ONNX file as a torch module: the operators of convolutional networks, perceptrons, attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import external_data_helper, numpy_helper
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
-from espalier.errors import DataError, unknown
-
-Attributes = dict[str, Any]
+from espalier.errors import DataError
+from espalier.flows.onnx_operators import CALLS, LAYERS, OPERATORS
+from espalier.flows.onnx_sizes import COMPUTED, Attributes, Sizes, small
 
 
 def from_onnx(path: Path) -> nn.Module:
     """The graph of an ONNX file with torch's layers for what has weights, in evaluation mode.
 
-    One input and one output, floats. Errors: `DataError` for a file that is none, or an operator
-    that has no counterpart here (it is named).
+    One input and one output, floats; weights may be in files beside it. Errors: `DataError` for a
+    file that is none, or an operator that has no counterpart here (it is named).
     """
+    return read_onnx(path)[0]
+
+
+def read_onnx(path: Path) -> tuple[nn.Module, int | None]:
+    """The module, and the batch that the file was exported for where it is fixed."""
     try:
-        model = onnx.load(str(path), load_external_data=False)
-        onnx.checker.check_model(model)
+        bare = onnx.load(str(path), load_external_data=False)
+        _check_files(bare, path)
+        onnx.checker.check_model(str(path))
+        model = onnx.load(str(path))  # with the data of the files in its own folder
+        rebuilt = _Rebuilt(model)
+        return rebuilt.module(), rebuilt.batch
+    except DataError:
+        raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"can't read {path} as an ONNX file: {first[:160]}") from error
-    return _Rebuilt(model.graph).module()
+        raise DataError(f"can't read {path} as an ONNX file of a network: {first[:160]}") from error
+
+
+def _check_files(model: Any, path: Path) -> None:
+    """Errors: `DataError` where a file with weights is not in the folder of the ONNX file."""
+    for tensor in model.graph.initializer:
+        if external_data_helper.uses_external_data(tensor):
+            name = external_data_helper.ExternalDataInfo(tensor).location
+            if not (path.parent / name).is_file():
+                raise DataError(
+                    f"{path} keeps its weights in {name!r}, which is not in the same folder: "
+                    "put both files there"
+                )
 
 
 class _Rebuilt:
     """One graph, node by node. A value is a node of the new graph, or a constant tensor."""
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
+    def __init__(self, model: Any) -> None:
+        self.source = model.graph
         self.root, self.graph = nn.Module(), fx.Graph()
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)  # of all proxies: they may meet
         self.values: dict[str, Any] = {"": None}
-        for tensor in source.initializer:
+        for tensor in self.source.initializer:
             self.values[tensor.name] = _tensor(tensor)
-        self.weights = {t.name for t in source.initializer}
+        self.weights = {t.name for t in self.source.initializer}
+        self.inputs = [i.name for i in self.source.input if i.name not in self.weights]
+        self.outputs = [o.name for o in self.source.output]
+        self.uses = Counter(n for node in self.source.node for n in node.input)
+        self.uses.update(self.outputs)
+        self.held: dict[int, str] = {}  # the buffer of each constant
+        # layers whose bias may come with an addition, by the value that they give
+        self.bare: dict[str, tuple[fx.Node, nn.Linear]] = {}
+        self.biases = _biases(self.source, self.weights)
+        self.batch = _fixed_batch(self.source, self.inputs)
+        self.shapes = _shapes(model, self.inputs)
 
     def module(self) -> nn.Module:
-        inputs = [i.name for i in self.source.input if i.name not in self.weights]
-        outputs = [o.name for o in self.source.output]
-        if len(inputs) != 1 or len(outputs) != 1:
+        if len(self.inputs) != 1 or len(self.outputs) != 1:
             raise DataError(
-                f"a model has one input and one output, this file has {len(inputs)} and "
-                f"{len(outputs)}"
+                f"a model has one input and one output, this file has {len(self.inputs)} and "
+                f"{len(self.outputs)}"
             )
-        self.values[inputs[0]] = self.graph.placeholder("input")
+        self.values[self.inputs[0]] = self.graph.placeholder("input")
         for i, node in enumerate(self.source.node):
-            self.values[node.output[0]] = self.made(node, node.name or f"{node.op_type}_{i}")
-        self.graph.output(self.node(self.values[outputs[0]]))
-        return fx.GraphModule(self.root, self.graph).eval()
+            made = self.made(node, node.name or f"{node.op_type}_{i}")
+            found = made if isinstance(made, list) else [made]
+            self.values |= dict(zip(node.output, found, strict=False))
+        self.graph.output(self.node(self.values[self.outputs[0]]))
+        made = fx.GraphModule(self.root, self.graph)
+        made.graph.eliminate_dead_code()  # sizes that were read and then folded away
+        made.recompile()
+        return made.eval()
 
     def made(self, node: Any, name: str) -> Any:
         given = [self.values[n] for n in node.input]
         more = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Constant":
-            return _tensor(more["value"])
-        if node.op_type in _LAYERS and isinstance(given[1], Tensor):
-            layer = _LAYERS[node.op_type](given, more)
-            path = _path(node.input[1], name)
-            return self.graph.call_module(self.put(path, layer), (self.node(given[0]),))
-        if node.op_type not in _CALLS:
-            raise DataError(unknown("ONNX operator", node.op_type, [*_LAYERS, *_CALLS]))
+        kind = node.op_type
+        if kind == "Constant":
+            return _constant(more)
+        if kind == "Shape":
+            return self.shape(node.input[0], more)
+        if kind in COMPUTED and (numbers := small(given)) is not None:
+            return COMPUTED[kind](numbers, more)
+        if (
+            kind in LAYERS
+            and isinstance(given[1], Tensor)
+            and (kind != "MatMul" or (given[1].dim() == 2 and isinstance(given[0], fx.Node)))
+        ):
+            layer = self.layer(node, given, more)
+            made = self.graph.call_module(
+                self.put(self.path(node, name), layer), (self.node(given[0]),)
+            )
+            if isinstance(layer, nn.Linear) and layer.bias is None:
+                self.bare[node.output[0]] = made, layer
+            return made
+        if kind == "Add" and (whole := self.with_bias(node, given)) is not None:
+            return whole
+        if kind not in CALLS:
+            if kind in LAYERS:
+                raise DataError(f"an ONNX {kind} whose weights are computed can't be read")
+            raise DataError(
+                f"the ONNX operator {kind!r} can't be read; those that can: {', '.join(OPERATORS)}"
+            )
+        if kind == "Reshape":
+            more["batch"] = self.batch
+        if kind == "Expand":
+            more["rank"] = self.rank(node.input[0])
         if all(v is None or isinstance(v, Tensor) for v in given):
-            return _CALLS[node.op_type](given, more)  # constants are computed now
+            return CALLS[kind](given, more)  # constants are computed now
         # calls on proxies write themselves into the graph, as torch's own functions
-        found = _CALLS[node.op_type]([self.proxy(v) for v in given], more)
-        return found.node
+        found = CALLS[kind]([self.proxy(v) for v in given], more)
+        return [f.node for f in found] if isinstance(found, list) else found.node
+
+    def layer(self, node: Any, given: Sequence[Any], more: Attributes) -> nn.Module:
+        if node.op_type == "BatchNormalization":
+            more["rank"] = self.rank(node.input[0])
+        return LAYERS[node.op_type](given, more)
+
+    def with_bias(self, node: Any, given: Sequence[Any]) -> Any:
+        """A linear layer and the vector that only it is added to are one layer; else None."""
+        for name, bias in zip(node.input, reversed(given), strict=True):
+            if name not in self.bare or not isinstance(bias, Tensor) or self.uses[name] != 1:
+                continue
+            made, linear = self.bare[name]
+            if tuple(bias.shape) == (linear.out_features,):
+                linear.bias = nn.Parameter(bias.clone())
+                return made
+        return None
+
+    def path(self, node: Any, name: str) -> str:
+        """The layer's old name, where the weight tells it, or the bias that is added after it."""
+        weight, bias = node.input[1], self.biases.get(node.output[0])
+        if bias is not None and not weight.endswith(".weight"):
+            weight = f"{bias.removesuffix('.bias')}.weight"
+        return _path(weight, name)
+
+    def shape(self, name: str, more: Attributes) -> Sizes:
+        """The sizes of a value: numbers where the file fixes them, the batch is read as it runs."""
+        value = self.values[name]
+        known: Sequence[int | None] | None = self.shapes.get(name)
+        if isinstance(value, Tensor):
+            known = value.shape
+        if known is None:
+            raise DataError("an ONNX Shape of a value whose dimensions are not known can't be read")
+        sizes = [self.proxy(value).size(i) if n is None else n for i, n in enumerate(known)]
+        return Sizes(sizes[more.get("start", 0) : more.get("end", len(sizes))])
+
+    def rank(self, name: str) -> int | None:
+        value = self.values[name]
+        known = value.shape if isinstance(value, Tensor) else self.shapes.get(name)
+        return None if known is None else len(known)
 
     def proxy(self, value: Any) -> Any:
         """What a call can take: whole numbers are shapes and axes, and stay as they are."""
-        if value is None or (isinstance(value, Tensor) and not value.is_floating_point()):
+        if value is None or isinstance(value, Sizes):
             return value
-        return fx.Proxy(self.node(value))
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            return value
+        if isinstance(value, Tensor) and value.dim() == 0:
+            return float(value)
+        return fx.Proxy(self.node(value), self.tracer)
 
     def node(self, value: Any) -> Any:
         """A constant becomes a buffer of the module."""
         if not isinstance(value, Tensor):
             return value
-        name = f"constant_{sum(1 for _ in self.root.buffers(recurse=False))}"
-        self.root.register_buffer(name, value)
-        return self.graph.get_attr(name)
+        if id(value) not in self.held:
+            self.held[id(value)] = f"constant_{len(self.held)}"
+            self.root.register_buffer(self.held[id(value)], value)
+        return self.graph.get_attr(self.held[id(value)])
 
     def put(self, path: str, layer: nn.Module) -> str:
         parent, parts = self.root, path.split(".")
@@ -104,139 +207,56 @@ def _tensor(proto: Any) -> Tensor:
     return torch.from_numpy(numpy_helper.to_array(proto).copy())
 
 
+def _constant(more: Attributes) -> Any:
+    """What a node Constant holds, in any of the forms that a file may write it."""
+    if "value" in more:
+        return _tensor(more["value"])
+    found = next(iter(more.values()))
+    if isinstance(found, (int, float)) or all(isinstance(v, (int, float)) for v in found):
+        return torch.tensor(found)
+    raise DataError("an ONNX Constant that holds no numbers can't be read")
+
+
+def _fixed_batch(graph: Any, inputs: Sequence[str]) -> int | None:
+    for given in graph.input:
+        dims = given.type.tensor_type.shape.dim
+        if given.name in inputs and dims:
+            return int(dims[0].dim_value) or None
+    return None
+
+
+def _biases(graph: Any, weights: set[str]) -> dict[str, str]:
+    """The names of biases, by the value that each is added to."""
+    return {
+        value: bias
+        for node in graph.node
+        if node.op_type == "Add"
+        for value, bias in (node.input, reversed(node.input))
+        if bias in weights and bias.endswith(".bias")
+    }
+
+
+def _shapes(model: Any, inputs: Sequence[str]) -> dict[str, list[int | None]]:
+    """The dimensions of values by name: None where they are free, as the batch always is."""
+    twin = type(model)()
+    twin.CopyFrom(model)
+    del twin.graph.value_info[:]  # they may hold the batch that the file was exported for
+    for value in (*twin.graph.input, *twin.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if dims and (value.name in inputs or value in twin.graph.output):
+            dims[0].dim_param = "batch"
+    try:
+        graph = onnx.shape_inference.infer_shapes(twin).graph
+    except Exception:  # what is too large for it, or breaks its rules: nothing is known
+        return {}
+    return {
+        v.name: [int(d.dim_value) or None for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.value_info, *graph.output)
+        if v.type.tensor_type.HasField("shape")
+    }
+
+
 def _path(weight: str, name: str) -> str:
     """The layer's old name, where the weight tells it."""
     base = weight.removesuffix(".weight") if weight.endswith(".weight") else name
     return ".".join(p for p in base.replace("/", ".").replace(":", "_").split(".") if p) or "layer"
-
-
-# --- layers with weights -----------------------------------------------------------------------
-
-
-def _convolution(given: Sequence[Any], more: Attributes) -> nn.Module:
-    weight, bias = given[1], given[2] if len(given) > 2 else None
-    dims = weight.dim() - 2
-    groups = int(more.get("group", 1))
-    kind: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-    pads = list(more.get("pads", [0] * 2 * dims))
-    if more.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        raise DataError(
-            "an ONNX convolution with auto_pad can't be read: export with explicit pads"
-        )
-    if pads[:dims] != pads[dims:]:
-        raise DataError(f"an ONNX convolution with uneven pads {pads} can't be read")
-    layer = kind(
-        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]),
-        tuple(more.get("strides", [1] * dims)), tuple(pads[:dims]),
-        tuple(more.get("dilations", [1] * dims)), groups, bias is not None,
-    )  # fmt: skip
-    return _filled(layer, weight=weight, bias=bias)
-
-
-def _gemm(given: Sequence[Any], more: Attributes) -> nn.Module:
-    weight, bias = given[1].float(), given[2] if len(given) > 2 else None
-    if more.get("transA", 0) or (bias is not None and not isinstance(bias, Tensor)):
-        raise DataError("an ONNX Gemm with transA or a computed bias can't be read")
-    weight = (weight if more.get("transB", 0) else weight.T) * more.get("alpha", 1.0)
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    return _filled(
-        layer, weight=weight, bias=None if bias is None else bias * more.get("beta", 1.0)
-    )
-
-
-def _matmul(given: Sequence[Any], more: Attributes) -> nn.Module:
-    if given[1].dim() != 2:
-        raise DataError("an ONNX MatMul with a constant of more than 2 dimensions can't be read")
-    return _gemm(given[:2], {})
-
-
-def _batch_norm(given: Sequence[Any], more: Attributes) -> nn.Module:
-    layer = nn.BatchNorm2d(len(given[1]), eps=more.get("epsilon", 1e-5))
-    names = ("weight", "bias", "running_mean", "running_var")
-    return _filled(layer, **dict(zip(names, given[1:5], strict=True)))
-
-
-def _filled(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                getattr(layer, name).copy_(tensor)
-    return layer
-
-
-_LAYERS: dict[str, Callable[[Sequence[Any], Attributes], nn.Module]] = {
-    "Conv": _convolution,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "BatchNormalization": _batch_norm,
-}
-
-# --- functions ---------------------------------------------------------------------------------
-
-
-def _ints(value: Any) -> list[int]:
-    return [int(v) for v in value.reshape(-1).tolist()]
-
-
-def _reshape(given: Sequence[Any], more: Attributes) -> Tensor:
-    x, shape = given[0], _ints(given[1])
-    sizes = [x.shape[i] if s == 0 and not more.get("allowzero") else s for i, s in enumerate(shape)]
-    if sizes and sizes[0] == 1 and -1 not in sizes:
-        sizes[0] = -1  # exported for one example: any batch
-    return torch.reshape(x, sizes)
-
-
-def _pool(function: Callable[..., Any]) -> Callable[[Sequence[Any], Attributes], Any]:
-    def pool(given: Sequence[Any], more: Attributes) -> Any:
-        kernel = list(more["kernel_shape"])
-        pads = list(more.get("pads", [0] * 2 * len(kernel)))
-        if pads[: len(kernel)] != pads[len(kernel) :] or more.get("ceil_mode", 0):
-            raise DataError("an ONNX pooling with uneven pads or ceil_mode can't be read")
-        strides = list(more.get("strides", [1] * len(kernel)))
-        settings: dict[str, Any] = {}
-        if function is functional.avg_pool2d:
-            settings["count_include_pad"] = bool(more.get("count_include_pad", 0))
-        return function(given[0], kernel, strides, pads[: len(kernel)], **settings)
-
-    return pool
-
-
-def _reduce_mean(given: Sequence[Any], more: Attributes) -> Tensor:
-    axes = _ints(given[1]) if len(given) > 1 else list(more["axes"])
-    out: Tensor = given[0].mean(axes, keepdim=bool(more.get("keepdims", 1)))
-    return out
-
-
-def _clip(given: Sequence[Any], more: Attributes) -> Tensor:
-    low, high = (
-        given[i] if len(given) > i and given[i] is not None else more.get(name)
-        for i, name in ((1, "min"), (2, "max"))
-    )
-    return torch.clamp(given[0], low, high)
-
-
-_CALLS: dict[str, Callable[[Sequence[Any], Attributes], Any]] = {
-    "Relu": lambda g, m: torch.relu(g[0]),
-    "LeakyRelu": lambda g, m: functional.leaky_relu(g[0], m.get("alpha", 0.01)),
-    "Sigmoid": lambda g, m: torch.sigmoid(g[0]),
-    "Tanh": lambda g, m: torch.tanh(g[0]),
-    "HardSwish": lambda g, m: functional.hardswish(g[0]),
-    "HardSigmoid": lambda g, m: torch.clamp(g[0] * m.get("alpha", 0.2) + m.get("beta", 0.5), 0, 1),
-    "Softmax": lambda g, m: torch.softmax(g[0], m.get("axis", -1)),
-    "Clip": _clip,
-    "Add": lambda g, m: g[0] + g[1],
-    "Sub": lambda g, m: g[0] - g[1],
-    "Mul": lambda g, m: g[0] * g[1],
-    "Div": lambda g, m: g[0] / g[1],
-    "Concat": lambda g, m: torch.cat(list(g), m["axis"]),
-    "Flatten": lambda g, m: torch.flatten(g[0], m.get("axis", 1)),
-    "Reshape": _reshape,
-    "Squeeze": lambda g, m: torch.squeeze(g[0], _ints(g[1])),
-    "Transpose": lambda g, m: g[0].permute(*m["perm"]),
-    "Identity": lambda g, m: g[0],
-    "Dropout": lambda g, m: g[0],
-    "ReduceMean": _reduce_mean,
-    "GlobalAveragePool": lambda g, m: g[0].mean((2, 3), keepdim=True),
-    "AveragePool": _pool(functional.avg_pool2d),
-    "MaxPool": _pool(functional.max_pool2d),
-}
