@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from espalier.errors import DataError, EspalierError
 from espalier.tasks import Task
@@ -28,32 +31,43 @@ def given_model(
     Errors: `EspalierError` in one line where it is no module, does not run, or its output is not
     the task's.
     """
-    made = _module(model, task)
+    made, batch = _module(model, task)
     if weights is not None:
         load_weights(made, weights)
     if example is None:
         example = next(iter(task.batches("train", 2)))[0]
     example = example[:2].detach().cpu()
-    _check(made, example, task)
+    output = _run(made, example, task, batch)
+    if isinstance(getattr(output, "logits", None), Tensor):
+        made, output = _logits(made), output.logits
+    _check(output, task)
+    if batch is not None:
+        _check_rows(made, example, output, batch)
     return made, example
 
 
-def _module(model: ModelLike, task: Task) -> nn.Module:
+def _module(model: ModelLike, task: Task) -> tuple[nn.Module, int | None]:
+    """The module, and the batch that its file was exported for where that is fixed."""
     if isinstance(model, (str, Path)):
-        from espalier.flows.files import from_file
+        from espalier.flows.files import read_file
 
-        return from_file(Path(model))
+        return read_file(Path(model))
     if isinstance(model, nn.Module):
-        return model
+        return model, None
     if callable(model):
         needed = [
             p
             for p in inspect.signature(model).parameters.values()
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        made = model(task.shape, task.classes) if len(needed) == 2 else model()
+        try:
+            made = model(task.shape, task.classes) if len(needed) == 2 else model()
+        except EspalierError:
+            raise
+        except Exception as error:
+            raise EspalierError(_failed(model, len(needed), error)) from error
         if isinstance(made, nn.Module):
-            return made
+            return made, None
         raise EspalierError(
             f"{getattr(model, '__name__', 'the function')} must give a torch.nn.Module, "
             f"got {type(made).__name__}"
@@ -64,16 +78,66 @@ def _module(model: ModelLike, task: Task) -> nn.Module:
     )
 
 
-def _check(model: nn.Module, example: Tensor, task: Task) -> None:
+def _failed(function: Callable[..., Any], needed: int, error: Exception) -> str:
+    """One line for a user's function that raises: its file, its name, what it said."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    code = getattr(function, "__code__", None)
+    where = name if code is None else f"{Path(code.co_filename).name}:{name}"
+    given = "shape and classes" if needed == 2 else "no arguments"
+    takes = "" if needed in (0, 2) else "; it must take none, or shape and classes"
+    return f"{where}, called with {given}, raised {_said(error)}{takes}"
+
+
+def _said(error: Exception) -> str:
+    """The kind of an error and the first line that it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _run(model: nn.Module, example: Tensor, task: Task, batch: int | None) -> Any:
     try:
-        with evaluating(model), torch.no_grad():
-            output = model(example)
+        # a graph that fails also prints where: the one line says enough
+        with evaluating(model), torch.no_grad(), redirect_stderr(StringIO()):
+            return model(example)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EspalierError(
+        text = (
             f"the model does not run on an input of the task {task.name}, shape "
             f"{tuple(example.shape)}: {first}"
-        ) from error
+        )
+        if batch not in (None, len(example)):
+            text = f"{_fixed(batch)} ({first})"
+        raise EspalierError(text) from error
+
+
+def _fixed(batch: int | None) -> str:
+    return (
+        f"the file was exported for a batch of {batch} only: export the model with an example of 2 "
+        "rows and a dynamic batch, dynamic_shapes=({0: torch.export.Dim('batch')},)"
+    )
+
+
+def _check_rows(model: nn.Module, example: Tensor, output: Tensor, batch: int) -> None:
+    """Errors: `EspalierError` where a fixed batch is mixed up: rows alone must give the same."""
+    try:
+        with evaluating(model), torch.no_grad(), redirect_stderr(StringIO()):
+            alone = torch.cat([model(example[i : i + 1]) for i in range(len(example))])
+        same = torch.allclose(alone, output, rtol=1e-3, atol=1e-4)
+    except Exception:  # whatever shapes that do not fit lead to
+        same = False
+    if not same:
+        raise EspalierError(_fixed(batch))
+
+
+def _logits(model: nn.Module) -> nn.Module:
+    """The model with its logits alone as output, of torch's own classes: a record becomes a tensor."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(getattr, (graph.placeholder("record"), "logits")))
+    pick = fx.GraphModule(nn.Module(), graph)
+    return nn.Sequential(OrderedDict(model=model, logits=pick)).train(model.training)
+
+
+def _check(output: Any, task: Task) -> None:
     if not isinstance(output, Tensor):
         raise EspalierError(
             f"a model must return one tensor, got {type(output).__name__}: wrap it in a module "
