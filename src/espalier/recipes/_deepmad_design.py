@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from espalier.errors import BudgetError
+from espalier.errors import BudgetError, EspalierError
 from espalier.nets.bottlenecks import Layout, network
 from espalier.recipes import _deepmad as deepmad
 from espalier.recipes._deepmad import Wanted
@@ -74,14 +74,14 @@ def design(
         seed: of the solver. Equal seeds give equal designs where time does not cut the solver short.
 
     Errors: `BudgetError` where a limit can't be kept, or no design that keeps all is found;
-    `MissingExtra` without OR-Tools.
+    `EspalierError` where something else makes no sense; `MissingExtra` without OR-Tools.
     """
     from espalier.recipes._deepmad_program import design as solved
 
     begin = time.perf_counter()
     wanted = _wanted(shape, classes, macs, params, effectiveness, layout or Layout(), kernels)
     if not seconds > 0:
-        raise BudgetError(f"seconds must be more than 0, got {seconds:g}")
+        raise EspalierError(f"seconds must be more than 0, got {seconds:g}")
     _reachable(wanted)
     start = _start(wanted)
     try:
@@ -129,21 +129,21 @@ def _wanted(
         if not 0 < value < math.inf:
             raise BudgetError(f"{name} must be a positive number, got {value}")
     if len(shape) != 3 or shape[1] != shape[2] or min(shape) < 1:
-        raise BudgetError(f"shape must be channels, side, side, got {tuple(shape)}")
+        raise EspalierError(f"shape must be channels, side, side, got {tuple(shape)}")
     if classes < 1:
-        raise BudgetError(f"classes must be 1 or more, got {classes}")
+        raise EspalierError(f"classes must be 1 or more, got {classes}")
     if not layout.strides or not {layout.stem_stride, *layout.strides} <= {1, 2}:
-        raise BudgetError(f"strides of the layout must be 1 or 2, got {layout}")
+        raise EspalierError(f"strides of the layout must be 1 or 2, got {layout}")
     whole = math.prod((layout.stem_stride, *layout.strides))
     if shape[1] % whole:
-        raise BudgetError(
+        raise EspalierError(
             f"the side of images, {shape[1]}, must be a multiple of the layout's strides, {whole}: "
             "resize them, or give a layout with fewer strides of 2"
         )
     plain = not layout.depthwise
     kernels = tuple(kernels or ((3, 5) if plain else (3, 5, 7)))
     if any(k < 1 or k > 99 or k % 2 == 0 for k in kernels):
-        raise BudgetError(f"kernels must be odd, from 1 to 99, got {kernels}")
+        raise EspalierError(f"kernels must be odd, from 1 to 99, got {kernels}")
     return Wanted(
         layout,
         shape[1],

@@ -228,6 +228,9 @@ and later groups of plain blocks only, and the classifier is not counted. One is
 squeeze and excitation it takes feature maps for 1x1, so that it gives the published 29M 11,870.70
 where the formula gives 19,091.26. The published R18 needs 1.837 billion where its budget is 1.82.
 
+Limits of your own go to `espalier.recipes.deepmad.design`. It counts as the rest of this package
+does: multiply-accumulates of convolutions and classifier and nothing else, all parameters.
+
 Obtained here (`benchmarks/deepmad.py`: 50 s beside ten other processes, which left 11 to 14 s of one
 core; on an idle core designs get better):
 
