@@ -27,6 +27,8 @@ _HOME = {
     "read_folder": "files.folder",
     "save_folder": "files.folder",
     "ActiveExperts": "experts.decisions",
+    "Adapters": "adapters.decisions",
+    "ExpertCount": "experts.decisions",
     "SparseWeights": "weights.sparse",
     "WeightBits": "weights.bits",
     "in_layers": "layer_by_layer.weights",
@@ -40,9 +42,10 @@ _HOME = {
     "teacher_forced": "evaluate",
     "tokens_a_second": "evaluate",
 }
+_THERE = {"ExpertCount": "Experts"}  # its name there; here that is the part of the anatomy
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:  # lazy, so that one part does not import all of them
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), _THERE.get(name, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

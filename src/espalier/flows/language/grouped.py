@@ -24,29 +24,35 @@ def price_of_one_shape(
     job: LanguageJob, cuts: Sequence[Cut], stored: int, first: Candidate
 ) -> dict[str, Any]:
     """Calibration loss of the program's answer with one shape for all layers, and with layers free,
-    within the same limits on counted costs; recorded. Empty where that can't be told."""
+    within the same limits on counted costs; recorded. Only "why" where that can't be told."""
 
     def compare() -> dict[str, Any]:
         free = _apart(job, cuts, stored)
         each = 0.0 if job.profile is None else job.profile.seconds / max(job.options, 1)
         if job.budget.seconds is not None and each * free.options > _SHARE * job.budget.seconds:
-            job.show.note(
-                f"what one shape costs is not told: it takes about {each * free.options:.0f} s"
+            return _untold(
+                job,
+                f"the harm of {free.options} options of layers apart takes about "
+                f"{each * free.options:.0f} s, more than {_SHARE:.0%} of the budget",
             )
-            return {}
         limits = [x for x in job.limits if x.metric not in TIMES]
         if not limits:
-            return {}
+            return _untold(job, "only times are limited, which are not predicted for layers apart")
         free.show.phase("the same with layers apart", free.options)
         free.sense()
         try:
             answer = solved(free, limits).candidate
-        except EspalierError:
-            return {}
+        except EspalierError as error:
+            return _untold(job, f"with layers apart: {error}")
         return {"one shape": job.judged(first), "layers apart": free.judged(answer)}
 
     found: dict[str, Any] = job.study.once("one shape", compare)
     return found
+
+
+def _untold(job: LanguageJob, why: str) -> dict[str, Any]:
+    job.show.note(f"what one shape costs is not told: {why}")
+    return {"why": why}
 
 
 def _apart(job: LanguageJob, cuts: Sequence[Cut], stored: int) -> LanguageJob:

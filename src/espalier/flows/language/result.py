@@ -75,9 +75,12 @@ def language_json(
 
 
 def one_shape(job: LanguageJob) -> str:
-    """One sentence on what it costs that all layers keep one shape; '' where it was not asked."""
+    """One sentence on what it costs that all layers keep one shape, or why that is not known; ''
+    where it was not asked."""
     if not job.one_shape:
         return ""
+    if why := job.one_shape.get("why"):
+        return f"What it costs that layers have one shape is not told: {why}."
     one, free = (job.one_shape[k]["loss"] for k in ("one shape", "layers apart"))
     word = "more" if one >= free else "less"
     return (
