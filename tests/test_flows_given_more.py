@@ -144,14 +144,14 @@ def test_weights_beside_an_onnx_file_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "far").mkdir()
-    path = saved(tmp_path, "own", "onnx")
+    path = saved(tmp_path, "mlp", "onnx")
     onnx.save(
         onnx.load(path), path, save_as_external_data=True, location="w.data", size_threshold=0
     )
     assert (tmp_path / "w.data").is_file()
     monkeypatch.chdir(tmp_path / "far")
-    same(from_file(path), model("own"))
-    same(from_file(Path(os.path.relpath(path))), model("own"))
+    same(from_file(path), model("mlp"))
+    same(from_file(Path(os.path.relpath(path))), model("mlp"))
     (tmp_path / "w.data").unlink()
     with pytest.raises(DataError, match=r"keeps its weights in 'w\.data'.*same folder") as caught:
         from_file(path)
