@@ -243,5 +243,10 @@ the temperature cooled as far as there. The loss is the paper's product with a p
 place of 0.6: in so few steps latency must press harder. Twelve networks are sampled and tuned for an
 epoch from the shared weights, where the paper trains each from scratch; those within a point of the
 best on validation count as equally accurate, and the fastest of them is taken.
+
+Five seeds at the scale cpu, while other work ran on the machine: the check holds in one. The table ranks 50 networks with a
+Spearman correlation of 0.98 to 0.995 in three seeds, 0.93 and 0.76 in two. The network for the made-up accelerator is 2.3 to 10.9
+times as fast there as the processor's; the processor's network is faster at home in one seed only (0.62 to 1.30
+times): the search for the accelerator finds networks that are small on both. Accuracies are within a point in four.
 """,
 )
