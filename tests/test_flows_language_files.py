@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,14 @@ from espalier.compress.language.cache.cuts import CacheBits, Spans
 from espalier.compress.language.cache.plan import Span
 from espalier.compress.language.cache.policy import Policy
 from espalier.compress.language.family import Language
+from espalier.compress.language.shape.structure import Units
 from espalier.compress.language.weights.bits import WeightBits
 from espalier.compress.language.weights.sparse import SparseWeights
 from espalier.errors import ExportError
+from espalier.flows.language.latency import told_times
 from espalier.flows.language.out import Written, as_floats, told_bytes
 from espalier.flows.language.shrink import shrink_language
+from espalier.problem import SearchBudget
 from espalier.testing.language import tiny
 
 TEXT = " ".join(f"{i} and {i * 7 % 100} make {i + i * 7 % 100}." for i in range(200))
@@ -116,3 +120,30 @@ def test_a_policy_that_was_not_kept_as_it_was_is_refused(
     with pytest.raises(ExportError, match="makes the model write another text"):
         found.export()
     assert not (found.folder / "cache_policy.json").exists()
+
+
+def test_times_are_told_before_and_after_where_none_is_limited(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "original": {"prefill_ms": 8.0, "decode_ms": 2.0},
+        "shrunk": {"prefill_ms": 4.0, "decode_ms": 1.5}, "tokens": 64, "threads": 1,
+    }  # fmt: skip
+    monkeypatch.setattr("espalier.flows.language.shrink.told_times", lambda *_: given)
+    found = shrunk(place, "llama", "times", Units(), {"bytes": "95%"})
+    told = (
+        "on 1 thread: reading 64 tokens takes 4 ms (original 8), writing a token behind them 1.5 ms"
+    )
+    assert any(told in note for note in found.to_json()["notes"])
+    job: Any = copy.copy(found._job)
+    job.study = SimpleNamespace(once=lambda key, compute: compute())
+    best = found.best.candidate
+    assert told_times(job, best, found.network) == {}  # dear beside a budget of 0.2 s
+    job.budget = SearchBudget()
+    measured = told_times(job, best, found.network)
+    assert measured["tokens"] == 80 - 13
+    for name in ("original", "shrunk"):
+        own = measured[name]
+        assert 0 < own["decode_ms"] < own["prefill_ms"] * 10
+    job.runtime = object()
+    assert told_times(job, best, found.network) == {}

@@ -63,6 +63,7 @@ class LanguageJob(Measuring):
     mended: bool = False
     curve: list[dict[str, Any]] = field(default_factory=list)
     one_shape: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, Any] = field(default_factory=dict)  # told where none is limited
     phase_started: float = field(default_factory=time.time)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from espalier.compress.language.anatomy import anatomy
 from espalier.costs.language_times import SPEEDING, TIMES, Generation, LanguageTimes
 from espalier.errors import BudgetError
+from espalier.flows.language.harm import logits
 from espalier.flows.language.job import LanguageJob
 from espalier.problem import Limit, Reading
 from espalier.space import Candidate
@@ -19,6 +22,8 @@ from espalier.space import Candidate
 _ROUNDS = 6  # candidates measured on the way to the limits
 _AIM, _CLOSE = 0.97, 0.93  # noise allowed
 _LOOKS = 3  # the middle of this many measurements counts
+_TOLD, _TOLD_SECONDS = 0.01, 0.2  # where times are only told: share of all time, seconds of each
+_WRITTEN = 13  # positions that measuring needs behind the context
 
 Solve = Callable[[Sequence[Limit]], Candidate]
 
@@ -97,6 +102,39 @@ def measured(job: LanguageJob, candidate: Candidate, key: str = "cut") -> dict[s
 
     found = job.study.once(f"measured {key}/{candidate.id}", measure)
     return {m: Reading(v[0], "ms", "measured", "", v[1]) for m, v in found.items()}
+
+
+def told_times(
+    job: LanguageJob, candidate: Candidate, make: Callable[[], nn.Module]
+) -> dict[str, Any]:
+    """Times of the original and of an answer where none is limited, each measured once; recorded.
+    Empty where that takes more than a small share of the time."""
+    tokens = min(job.task.context, job.family.anatomy.context - _WRITTEN)
+    if job.runtime is not None or tokens < 1:
+        return {}
+    runtime = Generation(tokens, job.asked.threads, _TOLD_SECONDS)
+
+    def measure() -> dict[str, Any]:
+        if job.budget.seconds is not None and _seconds(job, tokens) > _TOLD * job.budget.seconds:
+            return {}
+        before = runtime.measure(job.family.model)
+        after = runtime.measure(make(), job.family.cache(candidate))
+        return {"original": before, "shrunk": after, "tokens": tokens, "threads": runtime.threads}
+
+    found: dict[str, Any] = job.study.once(f"told times/{candidate.id}", measure)
+    return found
+
+
+def _seconds(job: LanguageJob, tokens: int) -> float:
+    """About what two measurements take, from one pass over the context and one over a token."""
+    passes, steps = 6, 61  # of `Generation.measure`, at least
+    ids, seconds = job.task.windows("train", 1), 0.0
+    for count, times in ((tokens, passes), (1, steps)):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            logits(job.family.model, ids[:, :count])
+        seconds += times * (time.perf_counter() - began)
+    return 2 * max(seconds, _TOLD_SECONDS)
 
 
 def fitted(job: LanguageJob, solve: Solve) -> Candidate:

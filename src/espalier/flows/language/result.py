@@ -59,6 +59,7 @@ def language_json(
             "mended": job.mended,
             "curve": job.curve,
             "one_shape": one_shape(job),
+            "times": job.times,
             "rounds": job.rounds,
             "spent": list(spent_rows(job, found.best)),
             "sensitivity": list(sensitivity_rows(job, found.best)),
@@ -69,7 +70,7 @@ def language_json(
             *beaten(job, found.best, found.baselines),
             *(f"The baseline {n} is over the limit as measured and is left out." for n in left_out),
         ],
-        "notes": [*job.study.notes, *filter(None, [one_shape(job)])],
+        "notes": [*job.study.notes, *filter(None, [one_shape(job), times(job)])],
         "reproduce": reproduce(job),
     }
 
@@ -87,6 +88,19 @@ def one_shape(job: LanguageJob) -> str:
         f"Layers of one shape: the program's answer has a calibration loss of {one:.4g} nats a token, "
         f"with layers apart {free:.4g}, so one shape costs {abs(one - free):.2g} {word} (before the "
         "repair's training)."
+    )
+
+
+def times(job: LanguageJob) -> str:
+    """One sentence on times where none is limited; '' where they were not measured."""
+    if not job.times:
+        return ""
+    before, after, threads = (job.times[k] for k in ("original", "shrunk", "threads"))
+    return (
+        f"Measured once by torch on {threads} thread{'s' if threads > 1 else ''}: reading "
+        f"{job.times['tokens']} tokens takes {after['prefill_ms']:.3g} ms (original "
+        f"{before['prefill_ms']:.3g}), writing a token behind them {after['decode_ms']:.3g} ms "
+        f"(original {before['decode_ms']:.3g}); no limit was on times."
     )
 
 

@@ -24,9 +24,9 @@ from espalier.flows.language.grouped import price_of_one_shape
 from espalier.flows.language.harm import MEASURES, loss_of
 from espalier.flows.language.identity import PAID, language_identity
 from espalier.flows.language.job import LanguageJob
-from espalier.flows.language.latency import fitted, measured, still_kept, times
+from espalier.flows.language.latency import fitted, measured, still_kept, times, told_times
 from espalier.flows.language.limits import language_limits
-from espalier.flows.language.repairing import repair_all, tested_readings
+from espalier.flows.language.repairing import model_of, repair_all, tested_readings
 from espalier.flows.language.reproducing import WINDOWS, Asked
 from espalier.flows.language.rivals import rivals
 from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
@@ -183,6 +183,8 @@ def _run(
         )
         metrics = {**job.original.metrics, **tested_readings(job, loss)}
         original = replace(job.original, metrics=metrics)
+        answer = entries[ANSWER].candidate
+        job.times = told_times(job, answer, lambda: model_of(job, answer))
     return ShrunkLanguage.settle(job, entries, original, answers[-1], time.time() - began)
 
 
