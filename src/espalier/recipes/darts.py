@@ -57,6 +57,10 @@ RECIPE = Recipe(
 The baseline of the differentiable recipes on NAS-Bench-201, and the one that fails there: as
 published it ends with `skip_connect` on every edge, 54.30% on CIFAR-10. What the check calls
 holding is that this is reproduced.
+
+Five seeds at the scale cpu: all six edges end as skips, 54.30%, on seed 0 by first order and on seeds 0 and 2 by second
+order; four edges or more have no parameters in two seeds and three. Second order takes 2.6 times as long and ends lower on average
+(75.9%, first order 83.2%, random search of first order's time 92.0%).
 {ABOUT}
 """,
 )
