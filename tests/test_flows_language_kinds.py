@@ -32,7 +32,8 @@ LIMITS = {"kv": "kv_bytes", "rank": "kv_bytes", "span": "kv_bytes", "active": "a
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kinds")
     sizes: Any = {"vocabulary": 256, "context": 16, "hidden": 16, "heads": 2, "width": 32}
-    tiny("llama", **sizes).save_pretrained(root / "llama")
+    tiny("llama", layers=1, **sizes).save_pretrained(root / "llama")
+    tiny("llama", layers=2, **sizes).save_pretrained(root / "layers")
     tiny("mixtral", layers=1, **sizes).save_pretrained(root / "mixtral")
     (root / "text.txt").write_text(TEXT)
     return root
@@ -40,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_that_has_a_name_shrinks_a_model(place: Path, name: str) -> None:
-    model = "mixtral" if name in ("experts", "active") else "llama"
+    model = {"experts": "mixtral", "active": "mixtral", "blocks": "layers"}.get(name, "llama")
     metric = LIMITS.get(name, "bytes")
     within = {metric: "99%@256" if metric == "kv_bytes" else "99%"}
     found = shrink_language(
