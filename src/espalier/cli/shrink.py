@@ -151,7 +151,7 @@ def shrink(
             raise EspalierError(
                 f"--grouped, --context and --memory are for a folder of a language model, got {model!r}"
             )
-        decisions = decisions or "width,depth"
+        decisions = "width,depth" if decisions is None else decisions
         from espalier.flows.explain import explain as explained
         from espalier.flows.progress import display
         from espalier.flows.shrink import shrink as run
