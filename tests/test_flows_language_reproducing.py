@@ -21,7 +21,7 @@ from espalier.compress.language.cache.plan import Span
 from espalier.compress.language.shape.structure import Heads, Units
 from espalier.compress.language.weights.bits import WeightBits
 from espalier.flows.language.limits import language_limits
-from espalier.flows.language.reproducing import Asked, amount, reproduce
+from espalier.flows.language.reproducing import Asked, reproduce
 from espalier.problem import Limit, SearchBudget, limits
 
 WITHIN = {"bytes": "62.5%", "kv_bytes": "25%@4096", "params": 624076.8}
@@ -93,7 +93,7 @@ def test_cuts_that_no_name_stands_for_are_said_in_python_alone() -> None:
     ],
 )
 def test_bounds_are_never_looser_than_asked(bound: float, relative: bool, text: str) -> None:
-    said = amount(Limit("bytes", bound, "<=", relative))
+    said = Limit("bytes", bound, "<=", relative).amount()
     assert said == text or not text
     (read,) = limits({"bytes": said})
     assert read.relative == relative

@@ -175,6 +175,19 @@ class Limit:
         """The absolute limit for a reference value (the original model's cost)."""
         return Limit(self.metric, self.bound * reference, self.op) if self.relative else self
 
+    def amount(self) -> str:
+        """The bound in digits that read as it, or as the next number below: "60%", "0.8"."""
+        if not self.relative:
+            return str(int(self.bound)) if float(self.bound).is_integer() else repr(self.bound)
+        share = 100 * self.bound
+        for digits in range(3, 18):
+            text = f"{share:.{digits}g}"
+            if float(text) / 100 == self.bound and "e" not in text:
+                return f"{text}%"
+        while share / 100 > self.bound:
+            share = math.nextafter(share, 0)
+        return f"{share!r}%"
+
     def violation(self, values: ArrayLike) -> Array:
         """How far beyond the bound, as a share of it; 0 where kept. NaN counts as broken."""
         v = np.asarray(values, dtype=float)

@@ -16,7 +16,6 @@ from espalier.errors import EspalierError
 from espalier.flows.machine import versions
 from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
 from espalier.flows.shrinking import LATENCY
-from espalier.problem import Limit
 
 if TYPE_CHECKING:
     from espalier.flows.finals import Entry
@@ -190,14 +189,14 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
     command = " ".join(
         [
             f"espalier shrink MODEL --weights WEIGHTS --task {shlex.quote(job.task.name)}",
-            *(f"--max {x.metric}={_bound(x)}" for x in job.asked if x.op == "<="),
+            *(f"--max {x.metric}={x.amount()}" for x in job.asked if x.op == "<="),
             f"--decisions {kinds} --budget {shlex.quote(str(job.budget).replace(' ', ''))}",
             *(f"--seed {job.seed}", *flags),
         ]
     )
     if any(_called(cut) != f"{type(cut).__name__}()" for cut in job.cuts):
         command += "  # and the settings of the cuts, which only Python can say"
-    within = {x.metric: f"{x.op} {_bound(x)}" for x in job.asked}
+    within = {x.metric: f"{x.op} {x.amount()}" for x in job.asked}
     cuts = ", ".join(f"esp.compress.{_called(cut)}" for cut in job.cuts)
     python = (
         f"esp.shrink(model, {job.task.name!r}, within={within!r}, on=esp.costs.{runtime!r}, "
@@ -205,11 +204,6 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
         f"measure={job.measure!r}, repair={job.repair}, baselines={job.baselines}, seed={job.seed})"
     )
     return {"command": command, "python": python, "versions": versions()}
-
-
-def _bound(limit: Limit) -> str:
-    """A limit's number such that reading it gives the same again."""
-    return f"{100 * limit.bound:.12g}%" if limit.relative else f"{limit.bound:.12g}"
 
 
 def _called(cut: Cut) -> str:

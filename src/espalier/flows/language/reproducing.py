@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ def reproduce(job: LanguageJob) -> dict[str, Any]:
     """
     model, text, budget, asked = job.folder.path.name, job.task.name, str(job.budget), job.asked
     within = {
-        x.metric: amount(x) + (f"@{job.context}" if x.metric in _AT else "") for x in asked.limits
+        x.metric: x.amount() + (f"@{job.context}" if x.metric in _AT else "") for x in asked.limits
     }
     words = ["espalier", "shrink", model, "--text", text]
     for name, value in within.items():
@@ -69,20 +68,6 @@ def reproduce(job: LanguageJob) -> dict[str, Any]:
         f"{given})",
         "versions": versions(),
     }
-
-
-def amount(limit: Limit) -> str:
-    """A bound in digits that read as it, or as the next number below."""
-    if not limit.relative:
-        return str(int(limit.bound)) if limit.bound.is_integer() else repr(limit.bound)
-    share = 100 * limit.bound
-    for digits in range(3, 18):
-        text = f"{share:.{digits}g}"
-        if float(text) / 100 == limit.bound and "e" not in text:
-            return f"{text}%"
-    while share / 100 > limit.bound:
-        share = math.nextafter(share, 0)
-    return f"{share!r}%"
 
 
 def _named(decisions: str | tuple[str | Cut, ...]) -> str | list[str | Cut]:
