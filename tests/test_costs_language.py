@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from espalier.compress.language.anatomy import KINDS, anatomy
 from espalier.compress.language.shape import surgery
 from espalier.costs.language import LanguageCounts
+from espalier.costs.language_times import Generation
 from espalier.space import Space, ordinal
 from espalier.testing.language import tiny
 
@@ -173,3 +174,11 @@ def test_tables_add_up_to_the_cost_of_any_candidate() -> None:
         summed = sum(t.at(counts.space, codes) for t in counts.tables(metric))
         assert np.array_equal(summed, counts.estimate_codes(codes)[metric])
         assert all(t.values.size < 1000 for t in counts.tables(metric))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_times_are_measured_up_to_the_last_position(kind: str) -> None:
+    model = tiny(kind)
+    most = model.config.max_position_embeddings  # tokens are written behind them, all the same
+    found = Generation(most, seconds=0.01).measure(model)
+    assert min(found.values()) > 0

@@ -100,15 +100,22 @@ class _Run:
         rows = int(model.get_input_embeddings().weight.shape[0])
         self.ids = torch.randint(rows, (1, context), generator=draw)
         self.cache: Any = None
+        self.length = 0
+        self.positions = int(getattr(model.config, "max_position_embeddings", 0) or 0)
 
     def prefill(self) -> None:
         """Reads the context."""
         self.cache = self.make()
+        self.length = self.ids.shape[1]
         self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
 
     def decode(self) -> None:
         """Writes one token."""
-        self.model(input_ids=self.ids[:, :1], past_key_values=self.cache, use_cache=True)
+        more: dict[str, Any] = {}
+        if self.length >= self.positions > 0:  # learned ones end there: the last stands in
+            more["position_ids"] = torch.full((1, 1), self.positions - 1)
+        self.model(input_ids=self.ids[:, :1], past_key_values=self.cache, use_cache=True, **more)
+        self.length += 1
 
 
 def _milliseconds(step: Callable[[], None]) -> float:
