@@ -190,16 +190,28 @@ def tested(rows: Sequence[Row], folder: Path, tasks: Mapping[str, Task]) -> list
     return [{**row, "test": known[row["file"]]} if "file" in row else row for row in rows]
 
 
-def summary(rows: Sequence[Row], seeds: int) -> list[Row]:
+def lead(ours: Mapping[int, float], others: Sequence[Mapping[int, float]]) -> float | None:
+    """How far one method is ahead of the nearest of others, each on the seeds that both ran."""
+    apart = [
+        statistics.mean(ours[seed] - other[seed] for seed in ours.keys() & other.keys())
+        for other in others
+        if ours.keys() & other.keys()
+    ]
+    return min(apart) if apart else None
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
     """For each model and share: every method over seeds, and how far ours is ahead of the best."""
     out = []
     for model, share in dict.fromkeys((r["model"], r["share"]) for r in rows):
         group = [r for r in rows if (r["model"], r["share"]) == (model, share)]
         line: Row = {"model": model, "share": share}
+        by_seed: dict[str, dict[int, float]] = {}
         for name in dict.fromkeys(r["method"] for r in group):
             own = [r for r in group if r["method"] == name and "test" in r]
             if own:
                 tests = [r["test"] for r in own]
+                by_seed[name] = {r["seed"]: r["test"] for r in own}
                 line[name] = {
                     "test": statistics.mean(tests),
                     "min": min(tests),
@@ -207,15 +219,15 @@ def summary(rows: Sequence[Row], seeds: int) -> list[Row]:
                     "ratio": statistics.mean(r["ratio"] for r in own),
                     "seeds": len(own),
                 }
-        tests = {k: v["test"] for k, v in line.items() if isinstance(v, dict)}
-        others = [test for k, test in tests.items() if k not in OWN]
-        if "espalier" in line and others:
+        peers = [tests for name, tests in by_seed.items() if name not in OWN]
+        ahead = lead(by_seed.get("espalier", {}), peers)
+        if ahead is not None:
             goal = AHEAD if share == min(SHARES) else 0.0
-            ahead = tests["espalier"] - max(others)
             line |= {"ahead_of_best": ahead, "goal": goal, "met": ahead > 0 and ahead >= goal}
-        alone = [tests[k] for k in ("espalier", "espalier bits") if k in tests]
-        if "espalier mix" in tests and alone:
-            line["mix_ahead_of_either"] = tests["espalier mix"] - max(alone)
+        alone = [by_seed[k] for k in ("espalier", "espalier bits") if k in by_seed]
+        mix = lead(by_seed.get("espalier mix", {}), alone)
+        if mix is not None:
+            line["mix_ahead_of_either"] = mix
         out.append(line)
     return out
 
@@ -261,7 +273,7 @@ def main() -> None:
             for name in ("data", "seconds", "baseline_seconds", "plan_seconds", "threads")
         },
         "originals": originals,
-        "summary": summary(rows, options.seeds),
+        "summary": summary(rows),
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
