@@ -21,9 +21,10 @@ import espalier as esp
 from espalier.compress.sparsity import stored_bytes
 from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import BudgetError, DataError, EspalierError, StudyError
-from espalier.flows import fitting, repairing
+from espalier.flows import fitting, gating, repairing
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
+from espalier.flows.solving import known_names
 from espalier.problem import Limit, Reading, SearchBudget
 from espalier.study import Study
 from shrink_toys import Small, task, trained
@@ -221,24 +222,31 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
     assert found.best.candidate == candidates[int(np.flatnonzero(kept)[harm[kept].argmin()])]
 
 
-def test_masks_that_learn_answer_within_the_limits_too(tmp_path: Path) -> None:
-    out, new = tmp_path / "run", {"solver": "relax", "baselines": False, "repair": False}
-    settings = esp.relax.Settings(epochs=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("espalier.flows.gating.SETTINGS", settings)
-        found = tiny_shrink(out, **new)
+@pytest.mark.parametrize("solver", ["relax", "relax:pas", "relax:bip"])
+def test_masks_that_learn_answer_within_the_limits_too(
+    tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = tmp_path / "run", {"solver": solver, "baselines": False, "repair": False}
+    monkeypatch.setattr("espalier.flows.gating.SETTINGS", esp.relax.Settings(epochs=1))
+    found = tiny_shrink(out, **new)
     assert weight_bytes(found.network()) <= 0.6 * weight_bytes(trained())
-    assert found.to_json()["shrink"]["solver"]["name"] == "relax"
-    for other in ("width,bits", "width,sparsity"):
-        with pytest.raises(EspalierError, match=rf"not {other[6:]}: leave that out"):
-            tiny_shrink(tmp_path / other, **{**new, "decisions": other})
+    assert found.best.metrics["macs"].value <= 0.5 * found.original.metrics["macs"].value
+    assert found.to_json()["shrink"]["solver"]["name"] == solver
     assert signature(tiny_shrink(out, resume=True, **new)) == signature(found)
+    other = "relax:dsa" if solver != "relax" else "relax:bip"
+    with pytest.raises(StudyError, match="solver"):
+        tiny_shrink(out, resume=True, **{**new, "solver": other})
+    for kinds in ("width,bits", "width,sparsity"):
+        with pytest.raises(EspalierError, match=rf"not {kinds[6:]}: leave that out"):
+            tiny_shrink(tmp_path / kinds, **{**new, "decisions": kinds})
     with pytest.raises(EspalierError, match="add 'width'"):
         tiny_shrink(tmp_path / "b", decisions="depth", within={"macs": "70%"}, **new)
+    assert not (tmp_path / "b").exists()  # nothing was measured for it
 
 
+@pytest.mark.parametrize("solver", ["relax:dsa", "relax:pas", "relax:bip"])
 def test_what_masks_learned_is_what_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str
 ) -> None:
     def learned(family: Any, *args: Any, **more: Any) -> Any:
         names = [n for n in family.space.names if n.startswith("width:")]
@@ -247,13 +255,15 @@ def test_what_masks_learned_is_what_is_kept(
         scores = {n: torch.arange(float(family.space[n].options[-1])) for n in names}
         return SimpleNamespace(candidate=candidate, scores=scores)
 
-    monkeypatch.setattr("espalier.flows.gating.dsa", learned)
-    new = {"solver": "relax", "baselines": False, "repair": False, "within": {"bytes": "99%"}}
+    name = known_names(solver, "loss")
+    monkeypatch.setitem(gating.METHODS, name, gating.Method(learned, 1.0))
+    new = {"solver": solver, "baselines": False, "repair": False, "within": {"bytes": "99%"}}
     found = tiny_shrink(tmp_path / "run", **new)
     space = found.family.space
     first, *others = [n for n in space.names if n.startswith("width:")]
     assert found.best.candidate[first] == space[first].options[0]
     assert all(found.best.candidate[n] == space[n].options[-1] for n in others)
+    assert tiny_shrink(tmp_path / "run", **{**new, "solver": name}, resume=True)
 
 
 def test_bytes_of_zeros_are_saved_where_they_are_limited(tmp_path: Path) -> None:
@@ -505,6 +515,7 @@ def test_an_answer_that_is_over_the_limit_after_all_is_refused(
         ({"decisions": "widths"}, "width"),
         ({"decisions": ""}, "kind of decision"),
         ({"solver": "alocate"}, "allocate"),
+        ({"solver": "relax:bop"}, "'relax:bip'.*Known: .*relax:dsa.*relax:pas"),
         ({"measure": "los"}, "loss"),
         ({"budget": "soon"}, "2min"),
         ({"weights": "absent.safetensors"}, "absent.safetensors"),

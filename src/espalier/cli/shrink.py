@@ -82,7 +82,7 @@ def shrink(
         str,
         typer.Option(
             help="auto; allocate: an exact program on what each option harms; search: evolution on "
-            "whole candidates; relax: masks learned by gradients."
+            "whole candidates; relax, or relax:dsa, relax:pas, relax:bip: masks learned by gradients."
         ),
     ] = "auto",
     measure: Annotated[

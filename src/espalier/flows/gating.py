@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,39 +18,58 @@ from espalier.flows.shrinking import Shrinking
 from espalier.flows.solving import program_on
 from espalier.flows.speed import FewBatches, timed_second
 from espalier.solvers.allocate import Factor
-from espalier.solvers.prune import dsa
+from espalier.solvers.prune import Pruned, bip, dsa, pas
 from espalier.solvers.prune.methods import SETTINGS
 from espalier.train import Recipe
 
 _SHARE = 0.3  # of the time, for masks that learn
-_DEARER = 3.0  # an epoch of masks and weights against one of weights
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way for masks to learn. `dearer`: an epoch of it against one of weights alone."""
+
+    prune: Callable[..., Pruned]
+    dearer: float
+
+
+METHODS: dict[str, Method] = {
+    "relax": Method(dsa, 3.0),
+    "relax:pas": Method(pas, 2.0),
+    "relax:bip": Method(bip, 2.0),
+}
 _MORE = 0.1  # keeping more than was learned is no harm but for the cost: a little, to break ties
 
 
-def relaxing(job: Shrinking) -> Solve:
-    """Differentiable sparsity allocation (Ning et al., 2020) within the limits, once; each answer is
-    the candidate nearest to what was learned that keeps the limits, solved exactly.
-
-    The learned order of channels becomes the family's. Errors: `EspalierError` without widths.
-    """
-    names = [n for n in job.family.space.names if n.startswith("width:")]
-    if not names:
+def check_masks(names: Sequence[str], solver: str) -> None:
+    """Refuses decisions, by their names, that no mask can learn. Errors: `EspalierError`."""
+    kinds = {name.partition(":")[0] for name in names}
+    if "width" not in kinds:
         raise EspalierError(
-            "solver 'relax' learns which channels stay: add 'width' to the decisions, or take "
+            f"solver {solver!r} learns which channels stay: add 'width' to the decisions, or take "
             "solver='allocate'"
         )
-    others = {n.partition(":")[0] for n in job.family.space.names} & {"bits", "sparsity"}
-    if others:
+    if others := kinds & {"bits", "sparsity"}:
         raise EspalierError(
-            f"solver 'relax' learns which channels and blocks stay, not {' or '.join(sorted(others))}: "
-            "leave that out of the decisions, or take solver='allocate'"
+            f"solver {solver!r} learns which channels and blocks stay, not "
+            f"{' or '.join(sorted(others))}: leave that out of the decisions, or take "
+            "solver='allocate'"
         )
+
+
+def relaxing(job: Shrinking, solver: str) -> Solve:
+    """Masks learn within the limits, once; each answer is the candidate nearest to what was learned
+    that keeps the limits, solved exactly.
+
+    The learned order of channels becomes the family's.
+    """
+    method = METHODS[solver]
     path = job.study.folder / "gates-scores.safetensors"
 
     def learn() -> dict[str, Any]:
-        epochs = _epochs(job)
+        epochs = _epochs(job, method.dearer)
         job.show.phase("masks learn which channels stay", epochs)
-        found = dsa(
+        found = method.prune(
             job.family,
             job.task,
             job.limits,
@@ -76,14 +95,14 @@ def relaxing(job: Shrinking) -> Solve:
     return program_on(job, _distances(job, learned))
 
 
-def _epochs(job: Shrinking) -> int:
+def _epochs(job: Shrinking, dearer: float) -> int:
     if job.budget.seconds is None:
         return SETTINGS.epochs
     probe, few = copy.deepcopy(job.family.model), FewBatches(job.task, 4)
     recipe = Recipe(epochs=1, batch=SETTINGS.batch, lr=1e-4)
     steps = max(job.task.size("train") // SETTINGS.batch, 1)
     seconds = timed_second(lambda: train.fit(probe, few, recipe, 0), 1) * steps / min(4, steps)
-    return int(np.clip(_SHARE * job.budget.seconds / (_DEARER * seconds), 1, SETTINGS.epochs))
+    return int(np.clip(_SHARE * job.budget.seconds / (dearer * seconds), 1, SETTINGS.epochs))
 
 
 def _distances(job: Shrinking, learned: Mapping[str, Any]) -> list[Factor]:

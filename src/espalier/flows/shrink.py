@@ -27,7 +27,7 @@ from espalier.flows.rivals import rivals
 from espalier.flows.shrink_identity import PAID, shrink_identity
 from espalier.flows.shrinking import Shrinking
 from espalier.flows.shrunk import Shrunk
-from espalier.flows.solving import check_counted, check_names_of, chosen, solves_by
+from espalier.flows.solving import check_counted, check_decided, chosen, known_names, solves_by
 from espalier.problem import Limit, Limits, SearchBudget, limits
 from espalier.study import Study
 from espalier.tasks import Task
@@ -84,7 +84,8 @@ def shrink(
     - `budget`: the time for everything: most of it is repair.
     - `decisions`: kinds among "width", "depth", "bits" and "sparsity", or cuts with settings.
     - `solver`: "allocate" (the exact program), "search" (evolution on whole candidates), "relax"
-      (masks learned by gradients), or "auto".
+      (masks learned by gradients: "relax:dsa", which it is short for, "relax:pas", "relax:bip"), or
+      "auto".
     - `measure`: what harm is: "loss", "divergence" from the original's outputs, or "gradient".
     - `repair`: False leaves the weights as cut, batch-norm statistics set anew.
     - `baselines`: False gives their time to the answer.
@@ -96,12 +97,13 @@ def shrink(
     `EspalierError` with one line for bad input. Ctrl-C ends cleanly; call again with `resume=True`.
     """
     began = time.time()
-    check_names_of(solver, measure)
+    solver = known_names(solver, measure)
     task = tasks.make(task) if isinstance(task, str) else task
     asked, spend = _limits(within, task), SearchBudget.parse(budget)
     cuts = make_cuts(decisions)
     module, one = given_model(model, task, weights, example)
     family = pretrained(module, one, task, cuts, _name(model, module), seed)
+    check_decided(family, solver)
     runtime = on or OnnxRuntime()
     folder = Path(out) if out is not None else free_folder(f"{task.name}-{family.name}-small")
     identity = shrink_identity(family, task, asked, runtime, solver, measure, seed, cuts)

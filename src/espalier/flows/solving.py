@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from espalier.compress import Pretrained
 from espalier.compress.bits import BoundBits
 from espalier.costs import Cost, Counts
 from espalier.errors import BudgetError, EspalierError, unknown
@@ -22,7 +23,16 @@ from espalier.solvers.allocate import Factor, Program, cost_factors
 from espalier.space import Candidate
 from espalier.study import Serial, Trial
 
-SOLVERS = ("auto", "allocate", "search", "relax")
+SOLVERS: Mapping[str, str] = {
+    "auto": "by the size of the space and the data",
+    "allocate": "an exact program on what each option harms",
+    "search": "evolution on whole candidates",
+    "relax": "masks learned by gradients: differentiable sparsity allocation (Ning et al., 2020)",
+    "relax:dsa": "the same",
+    "relax:pas": "binary gates (Pruning-as-Search, Li et al., 2022)",
+    "relax:bip": "bi-level masks (Zhang et al., 2022)",
+}
+_SAME = {"relax:dsa": "relax"}  # in studies
 _FEW = 64  # candidates that are all judged whole, rather than option by option
 _SEARCH_SHARE = 0.3  # of the time, where a search has only a limit on time
 _SPARING = 1e-3  # of a middling harm: what a cut costs that seems to harm nothing
@@ -33,7 +43,7 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
     """The solver's name and why it was taken."""
     size = job.family.space.size
     if solver != "auto":
-        return solver, "asked for"
+        return solver, f"asked for: {SOLVERS[solver]}"
     if size <= _FEW:
         return "search", f"{size:.0f} candidates are few enough to judge each as a whole"
     return "allocate", (
@@ -51,7 +61,7 @@ def solves_by(job: Shrinking, solver: str) -> list[Solve]:
         return [searching(job)]
     from espalier.flows.gating import relaxing
 
-    return [relaxing(job)]
+    return [relaxing(job, solver)]
 
 
 # --- allocate ----------------------------------------------------------------------------------
@@ -203,12 +213,23 @@ def _first(rows: Sequence[Trial], prices: Metrics, limits: Sequence[Limit]) -> C
 # --- what is refused early ---------------------------------------------------------------------
 
 
-def check_names_of(solver: str, measure: str) -> None:
-    """Refuses an unknown solver or measure, naming the nearest."""
+def known_names(solver: str, measure: str) -> str:
+    """The solver by the name that studies have for it. Errors: `EspalierError` for an unknown solver
+    or measure, naming the nearest.
+    """
     if solver not in SOLVERS:
         raise EspalierError(unknown("solver", solver, SOLVERS))
     if measure not in MEASURES:
         raise EspalierError(unknown("measure of harm", measure, MEASURES))
+    return _SAME.get(solver, solver)
+
+
+def check_decided(family: Pretrained, solver: str) -> None:
+    """Refuses decisions that the solver can't take, before anything is measured."""
+    if solver.startswith("relax"):
+        from espalier.flows.gating import check_masks
+
+        check_masks(family.space.names, solver)
 
 
 def check_counted(job: Shrinking) -> None:
