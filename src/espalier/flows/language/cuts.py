@@ -20,7 +20,9 @@ _CUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "heads": ("shape.structure", "Heads", {}),
     "units": ("shape.structure", "Units", {}),
     "hidden": ("shape.structure", "Hidden", {}),
+    "windows": ("shape.structure", "Units", {"windows": 3}),
     "experts": ("experts.decisions", "Experts", {}),
+    "merge": ("experts.decisions", "Experts", {"merge": True}),
     "active": ("experts.decisions", "ActiveExperts", {}),
     "sparsity": ("weights.sparse", "SparseWeights", {"inputs": "original"}),
     "bits": ("weights.bits", "WeightBits", {"inputs": "original", "options": _BITS}),
@@ -30,10 +32,13 @@ _CUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"inputs": "original", "options": _BITS, "tables": True},
     ),
     "kv": ("cache.cuts", "CacheBits", {}),
+    "growing": ("cache.cuts", "CacheBits", {}),
     "rank": ("cache.cuts", "CacheRank", {}),
     "span": ("cache.cuts", "Spans", {}),
 }
 NAMES = tuple(_CUTS)
+# beside the name on the right, the one on the left is enough: it decides that and more
+_INSTEAD = {"tables": "bits", "windows": "units", "merge": "experts", "growing": "kv"}
 
 
 def language_cuts(
@@ -41,19 +46,22 @@ def language_cuts(
     anatomy: Anatomy,
     limits: Sequence[Limit],
     grouped: bool,
+    length: int = 0,
 ) -> tuple[Cut, ...]:
     """Cuts by name, as they are, or those that the limits ask for where None is given.
 
     By default: sub-layers, heads, units, experts where there are, bits of weights where bytes are
     limited and bits of the cache where kv_bytes is. Grouped: whole blocks and widths common to all
-    layers, so that a configuration can say the result. Errors: `EspalierError` for an unknown name.
+    layers, so that a configuration can say the result. `length`: tokens that a growing cache is for,
+    by default the model's context. Errors: `EspalierError` for an unknown name.
     """
     if decisions is None:
         decisions = _defaults(anatomy, [x.metric for x in limits], grouped)
     names = decisions.split(",") if isinstance(decisions, str) else decisions
     asked = [item if isinstance(item, Cut) else item.strip() for item in names]
-    if "bits" in asked and "tables" in asked:
-        asked.remove("bits")  # tables are rounded beside all other weights
+    for more, less in _INSTEAD.items():
+        if more in asked and less in asked:
+            asked.remove(less)
     out: list[Cut] = []
     for item in asked:
         if isinstance(item, Cut):
@@ -61,7 +69,7 @@ def language_cuts(
         elif item not in _CUTS:
             raise EspalierError(unknown("kind of decision", item, _CUTS))
         else:
-            out.append(_made(item))
+            out.append(_made(item, length or anatomy.context))
     kinds = [cut.kind for cut in out]
     twice = next((k for k in kinds if kinds.count(k) > 1), None)
     if twice is not None or not out:
@@ -70,15 +78,17 @@ def language_cuts(
     return tuple(out)
 
 
-def name_of(cut: Cut) -> str:
-    """The name that stands for a cut with these settings; '' where none does."""
+def name_of(cut: Cut, length: int) -> str:
+    """The name that stands for a cut with these settings at a length; '' where none does."""
     own = settings_of(cut)
-    found = (n for n in NAMES if type(m := _made(n)) is type(cut) and settings_of(m) == own)
+    found = (n for n in NAMES if type(m := _made(n, length)) is type(cut) and settings_of(m) == own)
     return next(found, "")
 
 
-def _made(name: str) -> Cut:
+def _made(name: str, length: int) -> Cut:
     module, kind, settings = _CUTS[name]
+    if name == "growing":
+        settings = {**settings, "capacity": length}
     cut: Cut = getattr(import_module(f"{_ROOM}.{module}"), kind)(**settings)
     return cut
 

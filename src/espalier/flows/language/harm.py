@@ -67,7 +67,7 @@ class LanguageHarm:
             model: Any = late(self.family, shape, candidate)
         else:
             model = self.family.build(candidate)
-        return self.read(model, self.family.cache(candidate))
+        return self.read(model, felt(self.family, candidate, self.windows))
 
     def read(self, model: Any, make_cache: MakeCache | None = None) -> dict[str, float]:
         """The harm and the loss of a model in memory."""
@@ -125,6 +125,13 @@ def logits(model: Any, ids: Tensor, make_cache: MakeCache | None = None) -> Tens
     for chunk in torch.split(ids, _CHUNK, dim=1):
         parts.append(model(input_ids=chunk, past_key_values=cache, use_cache=True).logits)
     return torch.cat(parts, dim=1).float()
+
+
+def felt(family: Any, candidate: Candidate, windows: Tensor) -> MakeCache | None:
+    """What makes the cache that a candidate is judged with on windows `(n, t + 1)`: one that grows
+    goes through all its bits within them, or what it harms behind them would not be seen."""
+    policy = family.cache(candidate)
+    return None if policy is None else policy.within(windows.shape[1] - 1)
 
 
 def loss_of(model: Any, windows: Tensor, make_cache: MakeCache | None = None) -> float:

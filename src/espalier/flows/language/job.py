@@ -64,6 +64,7 @@ class LanguageJob(Measuring):
     curve: list[dict[str, Any]] = field(default_factory=list)
     one_shape: dict[str, Any] = field(default_factory=dict)
     times: dict[str, Any] = field(default_factory=dict)  # told where none is limited
+    generation: dict[str, Any] = field(default_factory=dict)  # told where the cache is decided on
     phase_started: float = field(default_factory=time.time)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:

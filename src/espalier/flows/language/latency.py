@@ -23,7 +23,7 @@ _ROUNDS = 6  # candidates measured on the way to the limits
 _AIM, _CLOSE = 0.97, 0.93  # noise allowed
 _LOOKS = 3  # the middle of this many measurements counts
 _TOLD, _TOLD_SECONDS = 0.01, 0.2  # where times are only told: share of all time, seconds of each
-_WRITTEN = 13  # positions that measuring needs behind the context
+WRITTEN = 13  # tokens that measuring writes behind the context
 
 Solve = Callable[[Sequence[Limit]], Candidate]
 
@@ -109,7 +109,8 @@ def told_times(
 ) -> dict[str, Any]:
     """Times of the original and of an answer where none is limited, each measured once; recorded.
     Empty where that takes more than a small share of the time."""
-    tokens = min(job.task.context, job.family.anatomy.context - _WRITTEN)
+    ends = getattr(job.family.cache(candidate), "capacity", 0) or job.family.anatomy.context
+    tokens = min(job.task.context, min(ends, job.family.anatomy.context) - WRITTEN)
     if job.runtime is not None or tokens < 1:
         return {}
     runtime = Generation(tokens, job.asked.threads, _TOLD_SECONDS)

@@ -152,6 +152,7 @@ def same_text(model: Any, policy: Any, loaded: Any, ids: torch.Tensor) -> tuple[
     Errors: `ExportError` where they differ.
     """
     most = int(getattr(model.config, "max_position_embeddings", 0) or ids.shape[1] + TOKENS)
+    most = min(most, policy.capacity or most)
     prompt = ids[:, : max(1, min(_PROMPT[1], ids.shape[1], most) // 2)]
     count = max(1, min(TOKENS, most - prompt.shape[1]))
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from espalier.compress.language.repair.refit import refit
 from espalier.costs.language_times import TIMES
 from espalier.flows.finals import Entry
 from espalier.flows.language.building import LATE, dense, early, late, reshaped
-from espalier.flows.language.harm import loss_of
+from espalier.flows.language.harm import felt, loss_of
 from espalier.flows.language.job import LanguageJob
 from espalier.flows.language.latency import measured
 from espalier.flows.weights import derive, save_weights, trained_network, weights_path
@@ -114,7 +114,8 @@ class _Repair:
 
     def loss(self, whole: nn.Module) -> float:
         """The validation loss, with the candidate's own cache."""
-        return loss_of(whole, self.job.windows, self.job.family.cache(self.candidate))
+        windows = self.job.windows
+        return loss_of(whole, windows, felt(self.job.family, self.candidate, windows))
 
     def left(self) -> float | None:
         """Seconds of this repair's own time."""
@@ -188,10 +189,10 @@ def entry_of(job: LanguageJob, candidate: Candidate) -> Entry:
     metrics["loss_before"] = Reading(
         stages[0]["metrics"]["loss"], job.quality.unit, "measured", "validation"
     )
-    model = model_of(job, candidate)
+    model, windows = model_of(job, candidate), job.task.windows("test")
     tested = job.study.once(
         f"test/{candidate.id}",
-        lambda: loss_of(model, job.task.windows("test"), job.family.cache(candidate)),
+        lambda: loss_of(model, windows, felt(job.family, candidate, windows)),
     )
     metrics |= tested_readings(job, tested)
     return Entry(candidate, "", metrics, START)

@@ -46,7 +46,7 @@ def reproduce(job: LanguageJob) -> dict[str, Any]:
     words += ["--seed", str(job.seed)]
     settings: dict[str, Any] = {"context": job.task.context, "seed": job.seed}
     if asked.decisions is not None:
-        settings["decisions"] = named = _named(asked.decisions)
+        settings["decisions"] = named = _named(asked.decisions, job.context)
         words += ["--decisions", named if isinstance(named, str) else ""]
     if job.grouped:
         words, settings = [*words, "--grouped"], {**settings, "grouped": True}
@@ -70,10 +70,10 @@ def reproduce(job: LanguageJob) -> dict[str, Any]:
     }
 
 
-def _named(decisions: str | tuple[str | Cut, ...]) -> str | list[str | Cut]:
+def _named(decisions: str | tuple[str | Cut, ...], length: int) -> str | list[str | Cut]:
     """Names with commas, where there is one for each cut."""
     if isinstance(decisions, str):
         return decisions
-    found = [item if isinstance(item, str) else name_of(item) or item for item in decisions]
+    found = [item if isinstance(item, str) else name_of(item, length) or item for item in decisions]
     names = [item for item in found if isinstance(item, str)]
     return ",".join(names) if len(names) == len(found) else found

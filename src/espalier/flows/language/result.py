@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import EspalierError
+from espalier.flows.language.generating import told
 from espalier.flows.language.limits import KNOWN
 from espalier.flows.language.reproducing import reproduce
 from espalier.flows.machine import machine, versions
@@ -60,6 +61,7 @@ def language_json(
             "curve": job.curve,
             "one_shape": one_shape(job),
             "times": job.times,
+            "generation": job.generation,
             "rounds": job.rounds,
             "spent": list(spent_rows(job, found.best)),
             "sensitivity": list(sensitivity_rows(job, found.best)),
@@ -70,7 +72,10 @@ def language_json(
             *beaten(job, found.best, found.baselines),
             *(f"The baseline {n} is over the limit as measured and is left out." for n in left_out),
         ],
-        "notes": [*job.study.notes, *filter(None, [one_shape(job), times(job)])],
+        "notes": [
+            *job.study.notes,
+            *filter(None, [one_shape(job), times(job), told(job.generation)]),
+        ],
         "reproduce": reproduce(job),
     }
 

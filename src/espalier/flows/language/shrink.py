@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from espalier.compress import Cut
-from espalier.compress.language.anatomy import KINDS
+from espalier.compress.language.anatomy import KINDS, anatomy
 from espalier.compress.language.cache.cuts import held
 from espalier.compress.language.family import Language
 from espalier.compress.language.files.folder import Folder, read_folder
@@ -20,11 +20,19 @@ from espalier.costs.language_times import TIMES, Generation
 from espalier.errors import BudgetError, DataError, EspalierError, unknown
 from espalier.flows.language.curve import curve
 from espalier.flows.language.cuts import language_cuts
+from espalier.flows.language.generating import generation
 from espalier.flows.language.grouped import price_of_one_shape
 from espalier.flows.language.harm import MEASURES, loss_of
 from espalier.flows.language.identity import PAID, language_identity
 from espalier.flows.language.job import LanguageJob
-from espalier.flows.language.latency import fitted, measured, still_kept, times, told_times
+from espalier.flows.language.latency import (
+    WRITTEN,
+    fitted,
+    measured,
+    still_kept,
+    times,
+    told_times,
+)
 from espalier.flows.language.limits import language_limits
 from espalier.flows.language.repairing import model_of, repair_all, tested_readings
 from espalier.flows.language.reproducing import WINDOWS, Asked
@@ -78,8 +86,8 @@ def shrink_language(
     - `within`: limits on bytes, params, active_params, kv_bytes, prefill_ms, decode_ms; "60%" is a
       share of the original's, "25%@4096" one at a context of 4096 tokens.
     - `budget`: the time for everything: most of it is repair.
-    - `decisions`: kinds by name (sublayers, blocks, heads, units, hidden, experts, active, bits,
-      tables, sparsity, kv, rank, span) or cuts with settings; by default those that the limits ask
+    - `decisions`: kinds by name (sublayers, blocks, heads, units, windows, hidden, experts, merge,
+      active, bits, tables, sparsity, kv, growing, rank, span) or cuts with settings; by default those that the limits ask
       for. `grouped`: all layers keep one shape.
     - `context`: tokens of a window; by default the model's, at most 512.
     - `measure`: what harm is: "divergence" of the outputs, "loss", or "gradient".
@@ -105,8 +113,10 @@ def shrink_language(
     _check_kind(folder)
     task = _text(folder, text, context, windows, seed)
     network = folder.model()
-    cuts, family = _family(folder, network, task, decisions, asked, grouped)
-    at, runtime = _length(length, family.anatomy.context, asked, threads)
+    parts = anatomy(network)
+    at, runtime = _length(length, parts.context, asked, threads)
+    cuts = language_cuts(decisions, parts, asked, grouped, at + (WRITTEN if runtime else 0))
+    family = _family(folder, network, task, cuts, grouped)
     where = Path(out) if out is not None else free_folder(f"{folder.path.name}-small")
     _check_out(where, folder)
     identity = language_identity(
@@ -185,6 +195,7 @@ def _run(
         original = replace(job.original, metrics=metrics)
         answer = entries[ANSWER].candidate
         job.times = told_times(job, answer, lambda: model_of(job, answer))
+        job.generation = generation(job, answer, lambda: model_of(job, answer))
     return ShrunkLanguage.settle(job, entries, original, answers[-1], time.time() - began)
 
 
@@ -210,13 +221,11 @@ def explain_language(
 
     Errors: as `shrink_language`.
     """
-    asked, _ = language_limits(within or {"bytes": "50%"})
+    asked, length = language_limits(within or {"bytes": "50%"})
     folder = read_folder(model)
     _check_kind(folder)
     network = folder.model()
-    from espalier.compress.language.anatomy import anatomy
-
-    cuts = language_cuts(decisions, anatomy(network), asked, grouped)
+    cuts = language_cuts(decisions, anatomy(network), asked, grouped, length or 0)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(int(folder.config.vocab_size), (2, 16), generator=draw)
     rows: list[dict[str, Any]] = Language(
@@ -257,16 +266,12 @@ def _family(
     folder: Folder,
     network: Any,
     task: TokenText,
-    decisions: str | Iterable[str | Cut] | None,
-    asked: Sequence[Limit],
+    cuts: Sequence[Cut],
     grouped: bool,
-) -> tuple[tuple[Cut, ...], Language]:
-    from espalier.compress.language.anatomy import anatomy
-
-    cuts = language_cuts(decisions, anatomy(network), asked, grouped)
+) -> Language:
     most = max(1, min(_CALIBRATED, _CALIBRATED_TOKENS // (task.context + 1)))
     calibration = task.windows("train", most)[:, :-1]
-    return cuts, Language(network, calibration, cuts, grouped=grouped, name=folder.path.name)
+    return Language(network, calibration, cuts, grouped=grouped, name=folder.path.name)
 
 
 def _length(

@@ -150,6 +150,20 @@ class Policy:
             total += int(what(length, shape.groups, shape.head, self.own))
         return total * batch
 
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a text may have, where caches grow into their bits; 0: any number."""
+        return min((plan.capacity for plan in self.plans.values() if plan.limit), default=0)
+
+    def within(self, tokens: int) -> Policy:
+        """The policy whose growing caches are for texts of so many tokens: at the end of a short text
+        they are as full, and in as few bits, as these are at the end of a long one."""
+        plans = {
+            path: replace(plan, limit=0, capacity=tokens) if plan.capacity else plan
+            for path, plan in self.plans.items()
+        }
+        return replace(self, plans=plans)
+
     # --- files -----------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> Path:
