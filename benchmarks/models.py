@@ -164,8 +164,11 @@ class MobileNet(nn.Module):
 
 
 def mobilenet() -> MobileNet:
-    """The MobileNet for 16x16 images, 46k parameters; there are no trained weights of it."""
-    return MobileNet()
+    """A MobileNet for 16x16 images, 166k parameters; there are no trained weights of it.
+
+    Half as wide it takes 0.05 ms, of which a call of the runtime alone is a quarter.
+    """
+    return MobileNet((32, 48, 80))
 
 
 MODELS = {"resnet20": resnet20, "resnet56": resnet56, "mobilenet": mobilenet}

@@ -38,7 +38,7 @@ RESULT = Path(__file__).parent / "results" / "shrink_latency.json"
 SETTINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet20": (models.resnet20, (1, 3, 32, 32)),
     "resnet20 pad": (lambda: models.resnet20("pad"), (1, 3, 32, 32)),
-    "mobilenet": (models.MobileNet, (1, 3, 16, 16)),
+    "mobilenet": (models.mobilenet, (1, 3, 16, 16)),
     "resnet56": (models.resnet56, (1, 3, 32, 32)),
 }
 Array = NDArray[np.float64]

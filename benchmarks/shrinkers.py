@@ -71,6 +71,10 @@ class Cut:
     mended: float = 0.0  # processor seconds of repair already, which fine-tuning has less
 
 
+class Unreachable(Exception):
+    """A method has no network so small."""
+
+
 class Method(ABC):
     """A way to shrink: networks of falling amounts."""
 
@@ -81,14 +85,20 @@ class Method(ABC):
 
     @abstractmethod
     def at(self, amount: float) -> nn.Module:
-        """The network of an amount in 0..1, smaller than the one asked for before."""
+        """The network of an amount in 0..1, smaller than the one asked for before.
+
+        Errors: `Unreachable` where there is none.
+        """
 
     def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
         """For each share the first network that keeps it; None where none does."""
         found: dict[float, Cut | None] = dict.fromkeys(sorted(shares, reverse=True))
         start, amount, ratio, shapes = time.perf_counter(), self.step, 1.0, ""
         while amount > LEAST and any(cut is None for cut in found.values()):
-            network = self.at(amount)
+            try:
+                network = self.at(amount)
+            except Unreachable:
+                break
             before, shapes = shapes, str([tuple(t.shape) for t in network.state_dict().values()])
             if shapes != before:
                 ratio = self.job.ratio(network)
@@ -132,13 +142,16 @@ class Peer(Method):
 
     def at(self, amount: float) -> nn.Module:
         """What the peer answers, its layers made again from the shapes of the weights."""
-        with np.load(self._ask({"amount": amount})) as state:
+        file = self._ask({"amount": amount})
+        if file is None:
+            raise Unreachable
+        with np.load(file) as state:
             tensors = {name: torch.from_numpy(state[name]) for name in state.files}
         network = shaped(models.MODELS[self.job.name](), tensors)
         recalibrate(network, self.job.task, seed=self.job.seed)
         return network
 
-    def _ask(self, message: Mapping[str, Any]) -> str:
+    def _ask(self, message: Mapping[str, Any]) -> str | None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(message) + "\n")
@@ -146,7 +159,38 @@ class Peer(Method):
         line = self._process.stdout.readline()
         if not line:
             raise EspalierError("the peer's script ended: see what it wrote above")
-        return str(json.loads(line)["state"])
+        found: str | None = json.loads(line)["state"]
+        return found
+
+
+class Bisected(Peer):
+    """A peer whose every answer is a search of its own: amounts by halving, not step by step."""
+
+    def cuts(self, shares: Sequence[float]) -> dict[float, Cut | None]:
+        """For each share the largest network found that keeps it; None where none does."""
+        start = time.perf_counter()
+        known: dict[float, tuple[nn.Module, float]] = {}  # amount to network and ratio
+        least, found = LEAST, dict[float, Cut | None]()
+        for share in sorted(shares, reverse=True):
+            while True:
+                kept = [a for a, (_, ratio) in known.items() if ratio <= share * SLACK]
+                below = max(kept, default=least)
+                over = min((a for a in known if a > below), default=1.0)
+                if below > over * self.step:
+                    break
+                amount = (below + over) / 2
+                try:
+                    network = self.at(amount)
+                except Unreachable:
+                    least = amount
+                    continue
+                known[amount] = network, median(self.job.ratio(network) for _ in range(3))
+            found[share] = None
+            if kept:
+                network, ratio = known[max(kept)]
+                spent = time.perf_counter() - start
+                found[share] = Cut(copy.deepcopy(network), ratio, spent, max(kept))
+        return found
 
 
 def begin(job: Job) -> dict[str, Any]:
@@ -258,7 +302,7 @@ def method(name: str, job: Job) -> Method | Espalier:
     if name == "uniform width":
         return Uniform(job)
     environment, script, how = PEERS[name]
-    return Peer(job, environment, script, how)
+    return (Bisected if how == "fastnas" else Peer)(job, environment, script, how)
 
 
 PEERS = {

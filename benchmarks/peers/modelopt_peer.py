@@ -12,11 +12,12 @@ from typing import Any
 import modelopt.torch.prune as mtp
 import torch
 from modelopt.torch.prune.fastnas import FastNASModeDescriptor
-from pruned import Pruning, serve
+from pruned import Pruning, Unreachable, serve
 from torch import nn
 
 _MULTIPLE = 4
 _SCORED = 512  # images of validation that a score is taken on
+_UNREACHABLE = "NOT all constraints can be satisfied"
 _BATCH, _BATCHES = 32, 50  # it keeps 50 batches for its batch norms, or warns
 
 
@@ -31,19 +32,24 @@ class FastNAS(Pruning):
 
     def prune(self, amount: float) -> nn.Module:
         """The network of the search under a limit on FLOPs."""
-        network, _ = mtp.prune(
-            self.original(),
-            mode=[("fastnas", self._settings())],
-            constraints={"flops": f"{100 * amount:.2f}%"},
-            dummy_input=self.example,
-            config={
-                "data_loader": self.loader,
-                "collect_func": lambda batch: batch[0],
-                "score_func": self._score,
-                "checkpoint": str(self.checkpoint),
-                "verbose": False,
-            },
-        )
+        try:
+            network, _ = mtp.prune(
+                self.original(),
+                mode=[("fastnas", self._settings())],
+                constraints={"flops": f"{100 * amount:.2f}%"},
+                dummy_input=self.example,
+                config={
+                    "data_loader": self.loader,
+                    "collect_func": lambda batch: batch[0],
+                    "score_func": self._score,
+                    "checkpoint": str(self.checkpoint),
+                    "verbose": False,
+                },
+            )
+        except ValueError as error:
+            if _UNREACHABLE in str(error):
+                raise Unreachable from error
+            raise
         return network
 
     def _settings(self) -> dict[str, Any]:

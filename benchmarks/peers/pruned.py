@@ -4,8 +4,9 @@ Messages are lines of JSON on standard input. {"begin": {"file", "model", "weigh
 "seed", "folder"}} gives a Python file and the function in it that makes the model, an .npz of its
 state, an .npz of data (x_train, y_train, x_validation, y_validation, ready for the model), and where to
 write. {"amount": a} asks for a network with at most the share `a` of the model's multiply-accumulates;
-amounts fall. The answer to either is {"state": path of an .npz, or null, "seconds": of work}. The
-caller makes the layers again from the shapes, measures and asks for less.
+amounts fall, unless the peer finds any of them alone. The answer to either is {"state": path of an .npz,
+or null where there is no such network, "seconds": of work}. The caller makes the layers again from the
+shapes, measures and asks for another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+class Unreachable(Exception):
+    """The peer has no network so small."""
 
 
 class Pruning(ABC):
@@ -54,7 +59,20 @@ class Pruning(ABC):
 
     @abstractmethod
     def prune(self, amount: float) -> nn.Module:
-        """The network with at most this share of the multiply-accumulates."""
+        """The network with at most this share of the multiply-accumulates.
+
+        Errors: `Unreachable`.
+        """
+
+    def written(self, amount: float) -> str | None:
+        """The file with the network's weights; None where there is no such network."""
+        try:
+            network = self.prune(amount)
+        except Unreachable:
+            return None
+        path = Path(self.begin["folder"]) / f"{self.begin['method']}-{os.getpid()}.npz"
+        np.savez(path, **{k: v.detach().numpy() for k, v in network.state_dict().items()})
+        return str(path)
 
 
 def serve(kind: type[Pruning]) -> None:
@@ -68,10 +86,7 @@ def serve(kind: type[Pruning]) -> None:
             run = kind(message["begin"])
         else:
             assert run is not None
-            network = run.prune(float(message["amount"]))
-            path = Path(run.begin["folder"]) / f"{run.begin['method']}-{os.getpid()}.npz"
-            np.savez(path, **{k: v.detach().numpy() for k, v in network.state_dict().items()})
-            state = str(path)
+            state = run.written(float(message["amount"]))
         spent = time.perf_counter() - start
         answers.write(json.dumps({"state": state, "seconds": spent}) + "\n")
         answers.flush()
