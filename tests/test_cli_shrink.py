@@ -132,6 +132,25 @@ def test_another_limit_reuses_the_profile(
     assert harms[0] == harms[1]
 
 
+@pytest.mark.usefixtures("no_files")
+def test_kinds_take_settings_and_the_report_repeats_them(own: Path, tmp_path: Path) -> None:
+    kinds = "bits:8/4,sparsity:2:4"
+    more = ("--decisions", kinds, "--budget", "1s", "--out", tmp_path / "run", "--json")
+    done = espalier(*words(own, "--max", "bytes=24%", *more, "--no-baselines", "--no-repair"))
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    bits = [v for k, v in result["best"]["candidate"].items() if k.startswith("bits:")]
+    assert 4 in bits  # with 8 everywhere there are more than 24%
+    options = {r["decision"]: set() for r in result["shrink"]["sensitivity"]}
+    for row in result["shrink"]["sensitivity"]:
+        options[row["decision"]].add(row["option"])
+    assert {frozenset(v) for k, v in options.items() if k.startswith("bits:")} == {
+        frozenset({4, 8, 32})
+    }
+    assert options["sparsity:down"] == {"2:4", 1.0}
+    assert f"--decisions {kinds} " in result["reproduce"]["command"]
+
+
 def test_explain_lists_decisions_and_what_is_left_alone(own: Path) -> None:
     done = espalier(*words(own, "--explain", "--decisions", "width,depth,bits"))
     assert done.exit_code == 0, done.stderr
@@ -180,6 +199,9 @@ def test_a_file_of_a_graph_is_read_like_the_model(own: Path, tmp_path: Path, suf
         (["--max", "bytes=1%"], "least bytes that is reachable"),
         (["--max", "bytes=50%", "--decisions", "widths"], "Did you mean 'width'"),
         (["--max", "bytes=50%", "--decisions", ""], "unknown kind of decision"),
+        (["--max", "bytes=50%", "--decisions", "bits:wieghts"], "like bits:8/4 or bits:weights/4"),
+        (["--max", "bytes=50%", "--decisions", "bits:8,4"], "settings follow a colon: bits:8/4"),
+        (["--max", "bytes=50%", "--solver", "relax:dna"], "Did you mean 'relax:dsa'"),
         (["--max", "bytes=50%", "--solver", "alocate"], "Did you mean 'allocate'"),
         (["--max", "bytes=50%", "--measure", "los"], "Did you mean 'loss'"),
         (["--max", "bytes=50%", "--budget", "soon"], "2min"),

@@ -315,7 +315,8 @@ def test_what_is_printed_runs_the_same_again(found: esp.Shrunk, tmp_path: Path) 
     assert signature(eval(run, again)) == signature(found)
     assert "--max bytes=60%" in told["command"]
     assert "--solver allocate" in told["command"]
-    assert "only Python can say" in told["command"]
+    assert "--decisions width:multiple=2/steps=4,depth --budget" in told["command"]
+    assert "only Python can say" not in told["command"]
 
 
 TIMED = {

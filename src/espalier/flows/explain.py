@@ -10,8 +10,9 @@ from torch import Tensor
 
 from espalier import tasks
 from espalier.compress import Cut
+from espalier.flows.decisions import make_cuts
 from espalier.flows.given import ModelLike, given_model
-from espalier.flows.shrink import make_cuts, pretrained
+from espalier.flows.shrink import pretrained
 from espalier.tasks import Task
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from espalier import tasks
-from espalier.compress import Bits, Cut, Depth, Pretrained, Sparsity, Widths
+from espalier.compress import Cut, Pretrained, Widths
 from espalier.compress.importance import scores
 from espalier.compress.sparsity import StoredBytes
 from espalier.compress.widths import BoundWidths
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
-from espalier.errors import BudgetError, EspalierError, unknown
+from espalier.errors import BudgetError, EspalierError
 from espalier.estimators.calibration import Measure
+from espalier.flows.decisions import make_cuts
 from espalier.flows.fitting import best_fitted
 from espalier.flows.given import ModelLike, given_model
 from espalier.flows.measuring import free_folder, withdraw
@@ -35,12 +36,6 @@ from espalier.train import Recipe
 from espalier.train.evaluate import calibration
 from espalier.train.seeds import generator
 
-CUTS: Mapping[str, type[Cut]] = {
-    "width": Widths,
-    "depth": Depth,
-    "bits": Bits,
-    "sparsity": Sparsity,
-}
 _CALIBRATION = 128  # images that ranges of activations are read from
 _SCORED = 8  # batches that the importance of channels is read from
 _ANSWER = "shrunk"
@@ -82,7 +77,8 @@ def shrink(
     - `within`: limits, several at once; "60%" is a share of the original.
     - `on`: the runtime that latency is measured on.
     - `budget`: the time for everything: most of it is repair.
-    - `decisions`: kinds among "width", "depth", "bits" and "sparsity", or cuts with settings.
+    - `decisions`: kinds among "width", "depth", "bits" and "sparsity", with settings behind a colon
+      ("bits:8/4", "bits:weights/4", "sparsity:2:4/50%", "width:multiple=8"), or cuts.
     - `solver`: "allocate" (the exact program), "search" (evolution on whole candidates), "relax"
       (masks learned by gradients: "relax:dsa", which it is short for, "relax:pas", "relax:bip"), or
       "auto".
@@ -163,23 +159,6 @@ def _run(job: Shrinking, began: float) -> Shrunk:
 
 
 # --- what is given -----------------------------------------------------------------------------
-
-
-def make_cuts(decisions: str | Iterable[str | Cut]) -> tuple[Cut, ...]:
-    """Cuts by name ("width", "depth", "bits", "sparsity"), or cuts as they are."""
-    names = decisions.split(",") if isinstance(decisions, str) else decisions
-    out: list[Cut] = []
-    for item in names:
-        if isinstance(item, Cut):
-            out.append(item)
-            continue
-        name = item.strip()
-        if name not in CUTS:
-            raise EspalierError(unknown("kind of decision", name, CUTS))
-        out.append(CUTS[name]())
-    if not out:
-        raise EspalierError(f"a shrink needs one kind of decision or more of {', '.join(CUTS)}")
-    return tuple(out)
 
 
 def pretrained(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from espalier.compress import Cut
 from espalier.errors import EspalierError
+from espalier.flows.decisions import told
 from espalier.flows.machine import versions
 from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
 from espalier.flows.shrinking import LATENCY
@@ -174,7 +175,7 @@ def _repair_row(job: Shrinking, entry: Entry) -> dict[str, Any]:
 
 def reproduce(job: Shrinking) -> dict[str, Any]:
     """The command and the Python that run this shrink again, limits as they were asked for."""
-    kinds = ",".join(dict.fromkeys(cut.kind for cut in job.cuts))
+    kinds = ",".join(dict.fromkeys(told(cut) or cut.kind for cut in job.cuts))
     runtime, flags = job.runtime, list[str]()
     for name, value, usual in (
         ("solver", job.solver, "auto"),
@@ -190,11 +191,11 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
         [
             f"espalier shrink MODEL --weights WEIGHTS --task {shlex.quote(job.task.name)}",
             *(f"--max {x.metric}={x.amount()}" for x in job.asked if x.op == "<="),
-            f"--decisions {kinds} --budget {shlex.quote(str(job.budget).replace(' ', ''))}",
+            f"--decisions {shlex.quote(kinds)} --budget {shlex.quote(str(job.budget).replace(' ', ''))}",
             *(f"--seed {job.seed}", *flags),
         ]
     )
-    if any(_called(cut) != f"{type(cut).__name__}()" for cut in job.cuts):
+    if not all(told(cut) for cut in job.cuts):
         command += "  # and the settings of the cuts, which only Python can say"
     within = {x.metric: f"{x.op} {x.amount()}" for x in job.asked}
     cuts = ", ".join(f"esp.compress.{_called(cut)}" for cut in job.cuts)
