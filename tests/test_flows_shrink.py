@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 from espalier.flows import fitting, gating, repairing
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
-from espalier.flows.solving import known_names
+from espalier.flows.solving import chosen, known_names
 from espalier.problem import Limit, Reading, SearchBudget
 from espalier.study import Study
 from shrink_toys import Small, task, trained
@@ -210,7 +211,10 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
         tmp_path / "run", solver="auto", decisions=(esp.compress.Widths(multiple=4, steps=2),),
         within={"bytes": "70%"}, repair=False, baselines=False,
     )  # fmt: skip
-    assert found.to_json()["shrink"]["solver"]["name"] == "search"
+    told = found.to_json()["shrink"]["solver"]
+    assert told["name"] == "search"
+    assert "candidates are few enough" in told["why"]
+    assert "256 training images are enough" in told["why"]
     space = found.family.space
     candidates = space.decode(space.enumerate())
     judge = esp.estimators.Calibrated(
@@ -220,6 +224,44 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
     kept = bytes_ <= 0.7 * weight_bytes(trained())
     harm = judge.harm(candidates)
     assert found.best.candidate == candidates[int(np.flatnonzero(kept)[harm[kept].argmin()])]
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "solver", "words"),
+    [
+        (64, 32, "search", "64 candidates are few enough .* 32 training images are enough"),
+        (64, 31, "allocate", "64 candidates are few, but 31 training images too few"),
+        (
+            65,
+            1024,
+            "allocate",
+            "9 options of 3 decisions .* on 1024 training images; 65 candidates",
+        ),
+        (65, 8, "allocate", "on 8 training images"),
+    ],
+)
+def test_the_solver_is_picked_by_size_and_data(
+    size: int, images: int, solver: str, words: str
+) -> None:
+    space = type("Space", (), {"size": size, "__len__": lambda self: 3})()
+    family, calibrated = SimpleNamespace(space=space), SimpleNamespace(samples=images)
+    job: Any = SimpleNamespace(family=family, calibrated=calibrated, options=9)
+    name, why = chosen(job, "auto")
+    assert name == solver
+    assert re.search(words, why)
+    assert chosen(job, "relax:pas")[0] == "relax:pas"
+
+
+def test_with_few_images_options_are_judged_one_by_one(tmp_path: Path) -> None:
+    few = esp.tasks.images("digits", train=20, validation=32, test=32)
+    found = esp.shrink(
+        trained(), few, within={"bytes": "70%"}, budget="10 trials", repair=False, baselines=False,
+        decisions="width:multiple=4/steps=2", seed=3, out=tmp_path / "run",
+        on=esp.costs.OnnxRuntime(seconds=0.02, precision=0.5),
+    )  # fmt: skip
+    told = found.to_json()["shrink"]["solver"]
+    assert told["name"] == "allocate"
+    assert "20 training images too few" in told["why"]
 
 
 @pytest.mark.parametrize("solver", ["relax", "relax:pas", "relax:bip"])

@@ -34,21 +34,37 @@ SOLVERS: Mapping[str, str] = {
 }
 _SAME = {"relax:dsa": "relax"}  # in studies
 _FEW = 64  # candidates that are all judged whole, rather than option by option
+_ENOUGH = 32  # images; below, the least harm of few candidates was worse than that of the program
 _SEARCH_SHARE = 0.3  # of the time, where a search has only a limit on time
 _SPARING = 1e-3  # of a middling harm: what a cut costs that seems to harm nothing
 _SLACK = 1.15  # the table may be off: what lies a little beyond a predicted limit is judged too
 
 
 def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
-    """The solver's name and why it was taken."""
-    size = job.family.space.size
+    """The solver's name and why it was taken.
+
+    Of few candidates each is judged as a whole, which sees what changes do together. The least of
+    many noisy numbers is mostly noise, though: harm that is read on a handful of images is told
+    option by option, and smoothed along each decision. `relax` is never taken unasked: it needs
+    labels, training and widths.
+    """
     if solver != "auto":
         return solver, f"asked for: {SOLVERS[solver]}"
+    size, images = job.family.space.size, job.calibrated.samples
+    read = f"{images} training images"
+    options = f"{job.options} options of {len(job.family.space)} decisions"
+    if size <= _FEW and images >= _ENOUGH:
+        return "search", (
+            f"{size:.0f} candidates are few enough to judge each as a whole, and {read} are enough "
+            "to tell them apart"
+        )
     if size <= _FEW:
-        return "search", f"{size:.0f} candidates are few enough to judge each as a whole"
+        return "allocate", (
+            f"{size:.0f} candidates are few, but {read} too few to tell them apart as a whole "
+            f"({_ENOUGH} would do): {options} are judged one by one and smoothed"
+        )
     return "allocate", (
-        f"{job.options} options of {len(job.family.space)} decisions are judged one by one; "
-        f"{size:.2g} candidates are too many to judge each"
+        f"{options} are judged one by one on {read}; {size:.2g} candidates are too many to judge each"
     )
 
 
