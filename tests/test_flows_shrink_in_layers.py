@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from espalier.errors import BudgetError, EspalierError
+from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 
 pytest.importorskip("transformers")
 
@@ -22,6 +23,7 @@ from espalier.compress.language.layer_by_layer.layerwise import Layerwise
 from espalier.compress.language.layer_by_layer.narrow import Harms
 from espalier.flows.language.fit_in_layers import fits, group_shares, layer_bytes, outside
 from espalier.flows.language.shrink_in_layers import RECORD, shrink_in_layers
+from espalier.flows.progress import Silent
 from espalier.testing.language import tiny
 
 PLENTY = 64 << 30
@@ -129,6 +131,86 @@ def test_what_can_not_be_kept_is_said(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Killed(BaseException):
+    """As if the process had ended."""
+
+
+class Killer(Silent):
+    """Ends a run when so many layers were looked at; counts them."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.seen = after, 0
+
+    def step(self, done: int, total: int, text: str = "") -> None:
+        self.seen += 1
+        if self.seen > self.after:
+            raise Killed
+
+
+def test_a_run_that_died_goes_on_behind_its_last_layer_to_the_same_files(
+    folder: Path, tmp_path: Path
+) -> None:
+    def shrink(out: Path, show: Silent, resume: bool, batch: int = 4, bytes: str = "65%") -> Any:
+        return shrink_in_layers(
+            folder, TEXT, within={"bytes": bytes}, memory=PLENTY, out=out, windows=(8, 2, 8),
+            tries=2, batch=batch, resume=resume, progress=show,
+        )  # fmt: skip
+
+    whole = Killer(10**6)
+    wanted = shrink(tmp_path / "whole", whole, False)
+    out, seen, died = tmp_path / "died", 0, 0
+    while True:  # killed again and again, each time four layers further
+        show = Killer(4)
+        try:
+            found = shrink(out, show, died > 0)
+        except Killed:
+            died, seen = died + 1, seen + show.after
+            continue
+        seen += show.seen
+        break
+    assert died == (whole.seen - 1) // 4 >= 2
+    assert seen == whole.seen  # no layer that was finished was looked at again
+    for name in ("fit", "tried", "bytes", "loss", "rivals"):
+        assert getattr(found, name) == getattr(wanted, name)
+    files = {p.name for p in (tmp_path / "whole").iterdir() if p.name.startswith("model")}
+    assert len(files) > 2
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    for name in (*files, "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert shrink(out, Killer(0), True).loss == found.loss  # all is known
+    with pytest.raises(StudyError, match="limits"):
+        shrink(out, Silent(), True, bytes="70%")
+    with pytest.raises(StudyError, match="holds a study already"):
+        shrink(out, Silent(), False)
+
+
+def test_states_on_disk_and_shapes_of_written_layers_come_back(tmp_path: Path) -> None:
+    from espalier.compress.language.files.configuration import expressed
+    from espalier.compress.language.layer_by_layer.held import Held
+    from espalier.compress.language.layer_by_layer.shapes import described, reshape
+    from espalier.compress.language.shape.surgery import drop, keep_heads, keep_units
+
+    for scratch in (None, tmp_path):
+        held, again = Held(scratch), Held()
+        for index in range(2):
+            held[index] = torch.full((1, 2, 3), float(index))
+            again[index] = torch.zeros(1)
+        held.keep(tmp_path / f"kept {scratch is None}")
+        held[0] = torch.full((1, 2, 3), 9.0)  # what is kept stays as it was
+        again.take(tmp_path / f"kept {scratch is None}")
+        assert [float(chunk.mean()) for chunk in again] == [0.0, 1.0]
+    for kind in ("llama", "mixtral"):
+        changed, twin = tiny(kind), tiny(kind)
+        for layer in (0, 1):
+            keep_heads(changed, layer, range(1))
+            keep_units(changed, layer, range(24))
+            reshape(twin.model.layers[layer], described(changed.model.layers[layer]))
+        assert expressed(twin).to_dict() == expressed(changed).to_dict()
+    drop(changed, 1, "feed")
+    with pytest.raises(DataError, match="begin anew"):
+        reshape(twin.model.layers[1], described(changed.model.layers[1]))
+
+
 def test_the_command_takes_a_limit_of_memory(folder: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -150,7 +232,7 @@ def test_the_command_takes_a_limit_of_memory(folder: Path, tmp_path: Path) -> No
     assert len(read_folder(tmp_path / "small").weights) > 1
     for words, said in (
         (["--memory", "8GB"], "needs a folder to go to: --out DIR"),
-        (["--memory", "8GB", "--out", tmp_path / "x", "--resume"], "leave out --resume"),
+        (["--memory", "8GB", "--out", tmp_path / "x", "--resume"], "holds no study"),
         (["--memory", "8GB", "--out", tmp_path / "x", "--no-repair"], "leave out --no-repair"),
         (["--memory", "50%", "--out", tmp_path / "x"], "is a size, like 4GB"),
         (["--memory", "much", "--out", tmp_path / "x"], "can't read the limit 'much'"),

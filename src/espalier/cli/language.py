@@ -75,7 +75,7 @@ def refuse_in_layers(given: dict[str, Any], out: Path | None) -> None:
     """Options that going layer by layer has no use for. Errors: `EspalierError`."""
     for name in (name for name, value in given.items() if value):
         raise EspalierError(
-            f"with --memory blocks, units and heads are decided, in one go: leave out {name}"
+            f"with --memory blocks, units and heads are decided, layer by layer: leave out {name}"
         )
     if out is None:
         raise EspalierError("with --memory the smaller model needs a folder to go to: --out DIR")

@@ -136,9 +136,9 @@ def _through_layers(
 ) -> None:
     """A language model a layer at a time, which refuses what it has no use for; printed."""
     fixed = {"--decisions": asked["decisions"], "--explain": explain, "--reuse": asked["reuse"]}
-    fixed |= {"--resume": asked["resume"], "--no-baselines": not asked["baselines"]}
     fixed |= {"--grouped": asked["grouped"], "--measure": asked["measure"] != "divergence"}
+    fixed |= {"--no-baselines": not asked["baselines"]}
     fixed |= {"--no-repair": not asked["repair"], "--threads": asked["threads"] != 1}
     refuse_in_layers(fixed, asked["out"])
-    kept = {name: asked[name] for name in ("within", "context", "seed", "out")}
+    kept = {name: asked[name] for name in ("within", "context", "seed", "out", "resume")}
     in_layers(model, text, memory, as_json, quiet, **kept)

@@ -53,11 +53,24 @@ def fits(pieces: Pieces, harms: Harms, limit: float) -> list[Fit]:
             if fit.bytes <= limit and (key not in best or fit.harm < best[key].harm):
                 best[key] = fit
     if not best:
-        raise BudgetError(
-            f"bytes <= {limit:.0f} can't be kept: {outside(pieces)} lie outside of layers, with the "
-            f"smallest layer it is {smallest}: ask for {smallest} or more"
-        )
+        raise _unreachable(pieces, limit, smallest)
     return sorted(best.values(), key=lambda fit: fit.harm)
+
+
+def check_reach(pieces: Pieces, units: float, groups: float, limit: float) -> None:
+    """Refuses a limit that one layer with these shares, the least that may stay, is above: before
+    anything is read. Errors: `BudgetError`."""
+    layers = range(len(pieces.own.layers))
+    smallest = outside(pieces) + min(layer_bytes(pieces, i, units, groups) for i in layers)
+    if smallest > limit:
+        raise _unreachable(pieces, limit, smallest)
+
+
+def _unreachable(pieces: Pieces, limit: float, smallest: int) -> BudgetError:
+    return BudgetError(
+        f"bytes <= {limit:.0f} can't be kept: {outside(pieces)} lie outside of layers, with the "
+        f"smallest layer it is {smallest}: ask for {smallest} or more"
+    )
 
 
 def outside(pieces: Pieces) -> int:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from espalier.compress.language.files.folder import Folder, read_folder
-from espalier.compress.language.layer_by_layer.layerwise import Inputs, Layerwise, Passed, Visit
+from espalier.compress.language.layer_by_layer.layerwise import Layerwise
 from espalier.compress.language.layer_by_layer.memory import shown
 from espalier.compress.language.layer_by_layer.narrow import Harms, narrow_room, narrowed
 from espalier.errors import BudgetError, EspalierError
-from espalier.flows.language.fit_in_layers import Fit, fits, group_shares
+from espalier.flows.language.fit_in_layers import Fit, check_reach, fits, group_shares
+from espalier.flows.language.identity import fingerprint
 from espalier.flows.language.limits import language_limits
+from espalier.flows.language.passes import UNDERWAY, Passes
+from espalier.flows.measuring import withdraw
 from espalier.flows.progress import Display, Silent
 from espalier.problem import Limit, Limits
+from espalier.study import Study
 from espalier.tasks.tokens import TokenText, encoder, token_text
 
 RECORD = "in_layers.json"
@@ -79,6 +82,7 @@ def shrink_in_layers(
     tries: int = 4,
     seed: int = 0,
     batch: int = 4,
+    resume: bool = False,
     progress: Display | None = None,
 ) -> InLayers:
     """Makes a model keep a limit of bytes while at most `memory` bytes are resident.
@@ -91,68 +95,93 @@ def shrink_in_layers(
 
     - `within`: a limit on bytes alone. `text`, `context`, `windows`: as in `shrink_language`.
     - `batch`: windows that go through a layer at once.
+    - `resume`: goes on with a run into `out` that died, behind the last layer that it finished, to
+      the same result; `memory` may be another. Until the end, `out` has the hidden states on disk.
 
     Errors: `EspalierError` where the limit of memory can't be kept, with what is needed;
-    `BudgetError` for a limit that is not on bytes, or below what is reachable.
+    `BudgetError` for a limit that is not on bytes, or below what is reachable; `StudyError` where
+    what is resumed is another model, text, limit or setting.
     """
     began, show = time.time(), progress or Silent()
-    limit = _limit(within)
+    limit, where = _limit(within), Path(out)
     folder = read_folder(model)
+    if where.resolve() == folder.path.resolve():
+        raise EspalierError(f"--out {where} is the model itself: choose another folder to write to")
     task = _text(folder, text, context, windows, seed)
+    through = Layerwise(folder, memory, scratch=where / UNDERWAY, batch=batch)
+    identity = {
+        "model": fingerprint(folder), "task": task.name, "data": task.fingerprint, "seed": seed,
+        "limits": [str(limit)], "in layers": {"tries": tries, "batch": batch},
+    }  # fmt: skip
+    study = (
+        Study.resume(where, identity)
+        if resume
+        else Study.create(where, identity, {"memory": memory}, seed)
+    )
+    try:
+        with study, show:
+            for line in study.notes:
+                show.note(line)
+            done = _shrunk(Passes(through, study, show), task, limit, tries)
+            found = replace(done, seconds=time.time() - began)
+        (where / RECORD).write_text(json.dumps(found.to_json(), indent=1))
+        shutil.rmtree(where / UNDERWAY, ignore_errors=True)
+        return found
+    except EspalierError as error:
+        with Study.open(where) as known:
+            nothing = not known.recorded() and not any((where / UNDERWAY).glob("*/*.json"))
+        if resume:
+            raise
+        if nothing or isinstance(error, BudgetError):  # this limit is never kept
+            shutil.rmtree(where / UNDERWAY, ignore_errors=True)
+            withdraw(where)
+            raise
+        raise type(error)(f"{error}; what is finished is kept: go on with --resume") from error
+
+
+def _shrunk(passes: Passes, task: TokenText, limit: Limit, tries: int) -> InLayers:
+    through, pieces, where = passes.through, passes.through.pieces, passes.study.folder
     calibration, test = task.windows("train"), task.windows("test")
-    through = Layerwise(folder, memory, batch=batch)
-    pieces = through.pieces
     room = max(
         narrow_room(layer) + pieces.layer_bytes(i) for i, layer in enumerate(pieces.own.layers)
     )
-    before = pieces.bytes(pieces.files, folder.stored)
+    before = pieces.bytes(pieces.files, through.folder.stored)
     allowed = limit.resolve(before).bound
-    peaks: list[int] = []
-
-    def passed(name: str, rows: Tensor, visit: Visit | None = None, **how: Any) -> Passed:
-        show.phase(name, len(pieces.layers))
-        found = through.run(rows, _told(visit, show, len(pieces.layers)), **how)
-        peaks.append(found.peak)
-        return found
-
-    with show:
-        harms = Harms(_UNITS, group_shares(pieces, _GROUPS))
-        first = passed("sensitivity", calibration, harms, room=room)
-        candidates = fits(pieces, harms, allowed)[:tries]
-        tried = []
-        for fit in candidates:
-            how = {"skip": fit.gone, "room": room}
-            found = passed("trying", calibration, narrowed(fit.units, fit.groups), **how)
-            tried.append((fit, _loss(found)))
-            show.best(f"calibration loss {min(loss for _, loss in tried):.4f}")
-        best = min(tried, key=lambda pair: pair[1])[0]
-        visit = narrowed(best.units, best.groups)
-        passed("writing", calibration, visit, skip=best.gone, room=room, out=out)
-        small = Layerwise(read_folder(out), memory, batch=batch)
-        show.phase("test", 1)
-        after = small.run(test)
-        losses = (_loss(passed("test", test)), _loss(after))
-        rivals = {}
-        for name, gone in _rivals(through, first, allowed).items():
-            rivals[name] = _loss(passed(f"test: {name}", test, skip=gone))
-    peaks.append(after.peak)
+    harms = Harms(_UNITS, group_shares(pieces, _GROUPS))
+    check_reach(pieces, min(_UNITS), min((1.0, *harms.group_shares)), allowed)
+    first = passes("sensitivity", calibration, harms, found=harms, room=room)
+    tried = []
+    for number, fit in enumerate(fits(pieces, harms, allowed)[:tries]):
+        visit = narrowed(fit.units, fit.groups)
+        done = passes(f"trying {number + 1}", calibration, visit, skip=fit.gone, room=room)
+        tried.append((fit, done.loss))
+        passes.show.best(f"calibration loss {min(loss for _, loss in tried):.4f}")
+    best = min(tried, key=lambda pair: pair[1])[0]
+    visit = narrowed(best.units, best.groups)
+    passes("writing", calibration, visit, skip=best.gone, room=room, out=where)
+    small = Layerwise(read_folder(where), through.memory, batch=through.batch)
+    after = passes("test", test, through=small).loss
+    losses = (passes("test: the original", test).loss, after)
+    rivals = {
+        name: passes(f"test: {name}", test, skip=gone).loss
+        for name, gone in _rivals(through, first.influence, allowed).items()
+    }
     sizes = (before, small.pieces.bytes(small.pieces.files, small.folder.stored))
-    done = InLayers(
-        Path(out), best, tuple(tried), sizes, losses, rivals,
-        max(peaks), memory, time.time() - began,
-    )  # fmt: skip
-    (Path(out) / RECORD).write_text(json.dumps(done.to_json(), indent=1))
-    return done
+    return InLayers(
+        where, best, tuple(tried), sizes, losses, rivals, passes.peak, through.memory, 0.0
+    )
 
 
-def _rivals(through: Layerwise, first: Passed, allowed: float) -> dict[str, tuple[int, ...]]:
+def _rivals(
+    through: Layerwise, influence: Sequence[float], allowed: float
+) -> dict[str, tuple[int, ...]]:
     """Whole blocks left out until the limit is kept: the last ones but one, and those of least
     influence (Men et al., ShortGPT, 2024)."""
     pieces, found = through.pieces, {}
     count = len(pieces.layers)
     orders = {
         "last blocks": [*range(count - 2, -1, -1)],
-        "least influence": sorted(range(count), key=lambda i: first.influence[i])[:-1],
+        "least influence": sorted(range(count), key=lambda i: influence[i])[:-1],
     }
     for name, order in orders.items():
         size = pieces.bytes(pieces.files, pieces.folder.stored)
@@ -165,20 +194,6 @@ def _rivals(through: Layerwise, first: Passed, allowed: float) -> dict[str, tupl
         if size <= allowed:
             found[name] = tuple(sorted(gone))
     return found
-
-
-def _told(visit: Visit | None, show: Display, total: int) -> Callable[..., None]:
-    def told(number: int, layer: nn.Module, inputs: Inputs) -> None:
-        if visit is not None:
-            visit(number, layer, inputs)
-        show.step(number + 1, total, f"layer {number}")
-
-    return told
-
-
-def _loss(passed: Passed) -> float:
-    assert passed.loss is not None
-    return passed.loss
 
 
 def _limit(within: Limits | Sequence[Limit]) -> Limit:

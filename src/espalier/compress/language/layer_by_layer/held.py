@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +45,36 @@ class Held:
             save_file({"hidden": chunk.contiguous()}, self._file(index, "new"))
             self._file(index, "new").replace(self._file(index))
 
+    def keep(self, folder: Path) -> None:
+        """All chunks as they are now in a new folder: files that are there become theirs too, since
+        a chunk that changes gets another file."""
+        folder.mkdir(parents=True)
+        for index in range(self._count):
+            if self._folder is None:
+                save_file({"hidden": self._chunks[index].contiguous()}, _named(folder, index))
+                continue
+            linked(self._file(index), _named(folder, index))
+
+    def take(self, folder: Path) -> None:
+        """Puts the chunks that `keep` left in a folder in the place of these."""
+        for index in range(self._count):
+            self[index] = load_file(_named(folder, index))["hidden"].clone()
+
     def _file(self, index: int, kind: str = "safetensors") -> Path:
         assert self._folder is not None
-        return self._folder / f"hidden-{index:06d}.{kind}"
+        return _named(self._folder, index, kind)
+
+
+def linked(file: Path, place: Path) -> None:
+    """A second name for a file that nobody writes into again; a copy, where disks know no such."""
+    try:
+        place.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
+def _named(folder: Path, index: int, kind: str = "safetensors") -> Path:
+    return folder / f"hidden-{index:06d}.{kind}"
 
 
 class Peak:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from espalier.compress.language.files.folder import Folder
 from espalier.compress.language.layer_by_layer.held import Held, Peak, release
+from espalier.compress.language.layer_by_layer.journal import Journal
 from espalier.compress.language.layer_by_layer.memory import POSITIONS, shown, stages, states_bytes
 from espalier.compress.language.layer_by_layer.pieces import Pieces
 from espalier.compress.language.layer_by_layer.rewriting import Rewriter
@@ -106,6 +107,7 @@ class Layerwise:
         skip: Collection[int] = (),
         room: int = 0,
         keep: bool = False,
+        journal: Journal | None = None,
     ) -> Passed:
         """Take windows through the model.
 
@@ -116,6 +118,8 @@ class Layerwise:
           the type in which the folder stores them. It is read again and compared.
         - `skip`: layers that are left out, also of what is written.
         - `room`: bytes that `visit` takes of its own. `keep`: the result has the last hidden states.
+        - `journal`: keeps each layer that is done with, and knows those of a pass that died: it
+          goes on behind them, with the same arguments.
 
         Errors: `EspalierError` where the limit of memory can't be kept; `DataError` for ids that
         the model does not know; `ExportError` where the changed layers are none that a
@@ -132,17 +136,22 @@ class Layerwise:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent)))
             rewriter = None
             if out is not None:
-                rewriter = stack.enter_context(Rewriter(self.pieces, Path(out).expanduser(), gone))
+                kept = None if journal is None else journal.written
+                rewriter = Rewriter(self.pieces, Path(out).expanduser(), gone, kept)
+                stack.enter_context(rewriter)
             chunks = list(torch.split(windows, self.batch))
             held = Held(scratch)
             calls = self._enter(chunks, held)
             release(self.pieces.bytes(self.pieces.entry))
             influence = [0.0] * len(calls)
-            for i in range(len(calls)):
+            first = 0 if journal is None else journal.begin(held, influence, rewriter)
+            for i in range(first, len(calls)):
                 if i in gone:
                     continue
                 influence[i] = self._layer(i, held, calls[i], visit, rewriter)
                 release(self.pieces.bytes(self.pieces.layers[i]))
+                if journal is not None:
+                    journal.layer(i, held, influence, rewriter)
                 self._within(peak, f"layer {i}", needed)
             loss = self._leave(chunks, held)
             self._within(peak, "the head", needed)

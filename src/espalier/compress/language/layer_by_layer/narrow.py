@@ -82,6 +82,19 @@ class Harms:
                 few = least(narrowing.count, share, multiple)
                 found[number, share] = self._harm(narrowing, inputs, layer, few) if few else 0.0
 
+    def to_json(self) -> list[Any]:
+        """What was read so far."""
+        parts: list[Any] = [list(found.items()) for found in (self.units, self.groups)]
+        return [list(self.blocks.items()), *parts]
+
+    def take(self, data: list[Any]) -> None:
+        """Puts what `to_json` told in place."""
+        blocks, *parts = data
+        self.blocks = {int(layer): harm for layer, harm in blocks}
+        self.units, self.groups = (
+            {(int(layer), share): harm for (layer, share), harm in part} for part in parts
+        )
+
     def _harm(self, narrowing: Narrowing, inputs: Inputs, layer: nn.Module, few: int) -> float:
         twin = copy.deepcopy(inputs.model)
         narrowing.cut(twin, few)
