@@ -23,6 +23,8 @@ from espalier.compress.sparsity import stored_bytes
 from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 from espalier.flows import fitting, gating, repairing
+from espalier.flows.finals import Entry
+from espalier.flows.importances import importances
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
 from espalier.flows.solving import chosen, known_names
@@ -130,7 +132,7 @@ def test_the_budget_is_told_layer_by_layer(found: esp.Shrunk) -> None:
 
 
 def test_baselines_keep_the_same_limits_and_had_the_same_repair(found: esp.Shrunk) -> None:
-    assert {e.name for e in found.baselines} == {"uniform width", "random"}
+    assert {e.name for e in found.baselines} == {"uniform width", "global threshold", "random"}
     for entry in found.baselines:
         assert weight_bytes(found.network(entry)) <= 0.6 * weight_bytes(trained())
     even = next(e for e in found.baselines if e.name == "uniform width")
@@ -141,6 +143,65 @@ def test_baselines_keep_the_same_limits_and_had_the_same_repair(found: esp.Shrun
     ]
     assert max(shares) - min(shares) <= 0.3
     assert all(v == 1 for k, v in even.candidate.items() if k.startswith("depth:"))
+
+
+def test_the_threshold_on_importance_is_one_for_all_groups(found: esp.Shrunk) -> None:
+    """From importances read anew: no channel that went is far above one that stayed elsewhere."""
+    entry = next(e for e in found.baselines if e.name == "global threshold")
+    read = importances(found.family, CUTS, task(), 3)
+    went, stayed, between = [], [], 0
+    for name, score in read.items():
+        options = found.family.space[f"width:{name}"].options
+        kept = entry.candidate[f"width:{name}"]
+        ordered = (score / score.mean()).sort(descending=True).values.tolist()
+        assert kept in options
+        between += options[0] < kept < options[-1]
+        step = 1  # each width is the option nearest to the threshold: half of 2 channels
+        if kept > options[0]:
+            stayed.append(ordered[kept - 1 - step])
+        if kept < options[-1]:
+            went.append(ordered[kept + step])
+    assert between >= 1
+    assert max(went) <= min(stayed)
+    assert all(v == 1 for k, v in entry.candidate.items() if k.startswith("depth:"))
+    even = next(e for e in found.baselines if e.name == "uniform width")
+    assert entry.candidate != even.candidate
+
+
+@pytest.mark.parametrize(("seconds", "tuned"), [(None, "abcd"), (4.0, "acd")])
+def test_a_limit_on_time_is_shared_by_three(
+    seconds: float | None, tuned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst baseline after least squares is not fine-tuned; all that are have the same time."""
+    quality, spent = {"a": 0.1, "b": 0.2, "c": 0.9, "d": 0.5}, dict[str, float | None]()
+
+    class Fake(repairing._Repair):
+        def __init__(self, job: Any, name: str, candidate: Any, seconds: float | None) -> None:
+            self.name, self.seconds, self.best, self.stages = name, seconds, nn.Identity(), []
+
+        def closed(self) -> float:
+            return quality[self.name]
+
+        def run(self, tuned: bool) -> None:
+            if tuned:
+                spent[self.name] = self.seconds
+
+    monkeypatch.setattr(repairing, "_Repair", Fake)
+    monkeypatch.setattr(repairing, "save_weights", lambda network, path: None)
+    monkeypatch.setattr(repairing, "weights_path", lambda *args: Path("absent"))
+    monkeypatch.setattr(repairing, "entry_of", lambda job, c: Entry(c, "", {}))
+    study = SimpleNamespace(once=lambda key, compute: compute(), folder=Path())
+    job: Any = SimpleNamespace(
+        study=study,
+        repair=True,
+        untuned=[],
+        left=lambda: None if seconds is None else 8.0 + seconds,
+    )
+    out = repairing.repair_all(job, {name: Number(id=name) for name in "abcd"})
+    assert "".join(spent) == tuned
+    assert set(spent.values()) == {None if seconds is None else seconds / 3}
+    assert job.untuned == [name for name in "abcd" if name not in tuned]
+    assert "".join(out) == "abcd"
 
 
 def test_the_network_is_plain(found: esp.Shrunk) -> None:

@@ -74,7 +74,10 @@ Repair = Annotated[
 ]
 Baselines = Annotated[
     bool,
-    typer.Option("--baselines/--no-baselines", help="Repair uniform and random cuts as well."),
+    typer.Option(
+        "--baselines/--no-baselines",
+        help="Cut and repair in plain ways as well: uniform, by one threshold, random.",
+    ),
 ]
 Explain = Annotated[
     bool, typer.Option("--explain", help="Only list what can be decided, and what not and why.")

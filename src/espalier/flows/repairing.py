@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -25,63 +25,96 @@ START = "repaired"
 STAGES = ("cut", "statistics", "least squares", "fine-tuned")
 _LAST_SECONDS = 8.0  # export and report, after everything else
 _EXAMPLES = 512  # of least squares
+_TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
 _LEAST = 1.0  # seconds of repair for each network, however little is left
 
 
 def repair_all(job: Shrinking, chosen: Mapping[str, Candidate]) -> dict[str, Entry]:
-    """Repairs each candidate in an equal share of the time that is left; measures and tests each."""
-    seconds = job.study.once("repair seconds", lambda: _share(job, len(set(chosen.values()))))
+    """Repairs each candidate, the answer first; measures and tests each.
+
+    Time that is limited is split into at most `_TUNED` equal shares: the answer has one, and so have
+    the rivals that are best by validation after least squares. The others, told in `job.untuned`,
+    stay so: a baseline more takes nothing from the answer, and all that learn learn as long.
+    """
+    names: dict[Candidate, str] = {}
+    for name, candidate in chosen.items():
+        names.setdefault(candidate, name)
+    candidates = list(names)
+    seconds = job.study.once("repair seconds", lambda: _share(job, len(candidates)))
+
+    @cache
+    def repair_of(candidate: Candidate) -> _Repair:
+        return _Repair(job, names[candidate], candidate, seconds)
+
+    def best() -> list[str]:
+        rivals = sorted(candidates[1:], key=lambda c: -repair_of(c).closed())
+        return [c.id for c in (candidates[0], *rivals[: _TUNED - 1])]
+
+    scarce = seconds is not None and job.repair and len(candidates) > _TUNED
+    tuned = job.study.once("fine-tuned", best) if scarce else [c.id for c in candidates]
     out = {}
     for name, candidate in chosen.items():
-        repaired(job, name, candidate, seconds)
+        repaired(job, candidate, partial(repair_of, candidate), candidate.id in tuned)
         out[name] = replace(entry_of(job, candidate), name=name)
+    job.untuned += [name for name, candidate in chosen.items() if candidate.id not in tuned]
     return out
 
 
 def _share(job: Shrinking, count: int) -> float | None:
     left = job.left()
-    return None if left is None else max((left - _LAST_SECONDS) / max(count, 1), _LEAST)
+    return None if left is None else max((left - _LAST_SECONDS) / min(count, _TUNED), _LEAST)
 
 
 def repaired(
-    job: Shrinking, name: str, candidate: Candidate, seconds: float | None
+    job: Shrinking, candidate: Candidate, repair_of: Callable[[], _Repair], tuned: bool
 ) -> dict[str, Any]:
     """Repairs one candidate and keeps its weights; gives its stages. Done once a study."""
     path = weights_path(job.study.folder, candidate, START)
 
     def work() -> dict[str, Any]:
-        network, stages = _Repair(job, name, candidate, path, seconds).run()
-        save_weights(network, path)
+        one = repair_of()
+        one.run(tuned)
+        save_weights(one.best, path)
         for leftover in path.parent.glob(path.stem + ".partial*"):
             leftover.unlink()
-        return {"stages": stages, "seconds": seconds}
+        return {"stages": one.stages, "seconds": one.seconds}
 
     done: dict[str, Any] = job.study.once(f"repair/{candidate.id}", work)
     return done
 
 
 class _Repair:
-    """One repair: each stage starts from the best before it."""
+    """One repair: each stage starts from the best before it. It may rest after the closed forms."""
 
     def __init__(
-        self, job: Shrinking, name: str, candidate: Candidate, path: Path, seconds: float | None
+        self, job: Shrinking, name: str, candidate: Candidate, seconds: float | None
     ) -> None:
-        self.job, self.name, self.candidate, self.path = job, name, candidate, path
-        self.seconds = seconds
-        self.started = time.time()
+        self.job, self.name, self.candidate, self.seconds = job, name, candidate, seconds
+        self.path = weights_path(job.study.folder, candidate, START)
+        self.started, self.used = time.time(), 0.0
         self.stages: list[dict[str, Any]] = []
         self.best: nn.Module = job.family.build(candidate)
         self.top = -float("inf")
 
-    def run(self) -> tuple[nn.Module, list[dict[str, Any]]]:
-        self.judge("cut", self.best)
-        if self.candidate != self.job.family.original:
-            if self.job.repair:
-                self.stage("least squares", self.least_squares)  # it sets statistics itself
-                self.stage("fine-tuned", self.fine_tune)
-            else:
-                self.stage("statistics", self.statistics)
-        return self.best, self.stages
+    def run(self, tuned: bool) -> None:
+        """What is left of the repair; `tuned`: with training."""
+        self.closed()
+        if tuned and self.job.repair and self.candidate != self.job.family.original:
+            self.started = time.time() - self.used
+            self.stage("fine-tuned", self.fine_tune)
+
+    def closed(self) -> float:
+        """Statistics and least squares, once; gives the best validation quality, more is better."""
+        if not self.stages:
+            self.started = time.time()
+            self.judge("cut", self.best)
+            if self.candidate != self.job.family.original:
+                if self.job.repair:
+                    self.stage("least squares", self.least_squares)  # it sets statistics itself
+                else:
+                    self.stage("statistics", self.statistics)
+            self.used = time.time() - self.started
+        return self.top
 
     def stage(self, name: str, change: Any) -> None:
         self.job.show.phase(f"{self.name}: {name}", 1)

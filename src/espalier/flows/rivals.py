@@ -1,4 +1,5 @@
-"""What an answer is compared with: all layers thinned alike, and the best of random candidates."""
+"""What an answer is compared with: all layers thinned alike, one threshold on the importance of all
+channels, and the best of random candidates."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from espalier.compress.widths import PREFIX, BoundWidths
 from espalier.errors import BudgetError
 from espalier.flows.fitting import Solve, fitted
+from espalier.flows.importances import importances
 from espalier.flows.pricing import hand_scaled
 from espalier.flows.shrinking import Shrinking
 from espalier.problem import Limit, Problem
@@ -18,14 +22,17 @@ from espalier.space import Candidate
 
 _SHARES = 400
 _DRAWN = 4000
-_MOST, _LEAST, _TIME = 200, 4, 0.1  # random candidates judged; share of the whole time for it
+_MOST, _LEAST, _TIME = 200, 4, 0.07  # random candidates judged; share of the whole time for it
 _FILLED = 0.85  # random candidates that leave more of the budget unused are not judged
 
 
 def rivals(job: Shrinking) -> dict[str, Candidate]:
     """Name to candidate; one that can't keep the limits as measured is left out."""
     out = {}
-    for name, make in (("uniform width", uniform), ("random", by_chance)):
+    ways = {"uniform width": uniform, "global threshold": thresholded, "random": by_chance}
+    if not any(isinstance(cut, BoundWidths) for cut in job.family.cuts):
+        del ways["global threshold"]
+    for name, make in ways.items():
         try:
             out[name] = fitted(job, name, make(job))
         except BudgetError as error:
@@ -37,12 +44,35 @@ def uniform(job: Shrinking) -> Solve:
     """All widths as nearly as they can be the same share; without widths, everything scaled."""
     space = job.family.space
     codes = hand_scaled(space, _SHARES)
-    others = [i for i, d in enumerate(space.decisions) if not d.name.startswith("width:")]
+    others = [i for i, d in enumerate(space.decisions) if not d.name.startswith(PREFIX)]
     if len(others) < len(space):
         codes[:, others] = space.corner(last=True)[0, others]
         codes = space.canonical(codes)
         codes = codes[space.valid(codes)]
     return _best_of(job, codes[::-1])
+
+
+def thresholded(job: Shrinking) -> Solve:
+    """Channels below one threshold on importance go, wherever they are; all else as it was.
+
+    Importances have mean 1 in each group, as pruning tools take them (Torch-Pruning; Fang et al.,
+    DepGraph, 2023); each width is the option nearest to what is above the threshold.
+    """
+    space = job.family.space
+    found = importances(job.family, job.cuts, job.task, job.seed)
+    even = {PREFIX + n: s / s.mean().clamp(min=1e-12) for n, s in found.items()}
+    every = torch.cat(list(even.values())).sort().values
+    places = torch.linspace(0, len(every) - 1, min(_SHARES, len(every))).long()
+    codes = np.repeat(space.corner(last=True), len(places), axis=0)
+    for column, decision in enumerate(space.decisions):
+        if decision.name in even:
+            kept = len(even[decision.name]) - torch.searchsorted(
+                even[decision.name].sort().values, every[places]
+            )
+            options = torch.tensor([float(o) for o in decision.options])
+            codes[:, column] = (kept[:, None] - options).abs().argmin(1).numpy()
+    codes = space.canonical(codes)
+    return _best_of(job, codes[space.valid(codes)])
 
 
 def by_chance(job: Shrinking) -> Solve:
@@ -92,13 +122,13 @@ def _judged(job: Shrinking, codes: NDArray[Any], rows: NDArray[np.int64]) -> lis
 
 
 def _best_of(job: Shrinking, rows: NDArray[Any]) -> Solve:
-    """The first of rows that keeps the limits."""
+    """The first of rows that keeps the limits; they go from the largest to the smallest."""
     prices = job.pricing(rows)
 
     def solve(limits: Sequence[Limit]) -> Candidate:
         kept = np.flatnonzero(Problem((), tuple(limits)).violations(prices) <= 0)
         if len(kept) == 0:
-            raise BudgetError(f"no uniform width keeps {', '.join(map(str, limits))}")
+            raise BudgetError(f"no cut of this kind keeps {', '.join(map(str, limits))}")
         return job.family.space.decode(rows[kept[:1]])[0]
 
     return solve

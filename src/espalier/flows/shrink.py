@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,15 +10,14 @@ from torch import Tensor, nn
 
 from espalier import tasks
 from espalier.compress import Cut, Pretrained, Widths
-from espalier.compress.importance import scores
 from espalier.compress.sparsity import StoredBytes
-from espalier.compress.widths import BoundWidths
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError, EspalierError
 from espalier.estimators.calibration import Measure
 from espalier.flows.decisions import make_cuts
 from espalier.flows.fitting import best_fitted
 from espalier.flows.given import ModelLike, given_model
+from espalier.flows.importances import importances
 from espalier.flows.measuring import free_folder, withdraw
 from espalier.flows.pricing import check_names
 from espalier.flows.progress import Display, Silent
@@ -34,10 +32,8 @@ from espalier.study import Study
 from espalier.tasks import Task
 from espalier.train import Recipe
 from espalier.train.evaluate import calibration
-from espalier.train.seeds import generator
 
 _CALIBRATION = 128  # images that ranges of activations are read from
-_SCORED = 8  # batches that the importance of channels is read from
 _ANSWER = "shrunk"
 _TIGHTER = (1.0, 0.95, 0.88)  # where the repaired network lands over the limit after all
 
@@ -69,7 +65,8 @@ def shrink(
     what every option harms is read on training data; an exact program chooses under all limits at
     once, and its answer is built, measured and tightened until it keeps the limits as measured;
     then it is repaired (statistics, least squares, distillation from the original), measured again
-    and tested once. All widths thinned alike and the best of random candidates get the same.
+    and tested once. What it is compared with gets the same: all widths thinned alike, one threshold
+    on the importance of all channels, and the best of random candidates.
 
     - `model`: a module, a function that makes one (of nothing, or of shape and classes), or a file.
     - `weights`: a .safetensors, .npz or .pt state dict for it. `example`: an input, if not the task's.
@@ -175,14 +172,10 @@ def pretrained(
     """
     data = calibration(task, 1, _CALIBRATION, seed)[0]
     family = Pretrained(module, example, cuts, name=name, calibration=data)
-    found: dict[str, Tensor] = {}
-    for cut in cuts:
-        if isinstance(cut, Widths) and cut.scores is None and cut.importance != "magnitude":
-            batches = list(itertools.islice(task.batches("train", 64, generator(seed)), _SCORED))
-            for bound in family.cuts:
-                if isinstance(bound, BoundWidths):
-                    found |= scores(family.model, bound.groups, cut.importance, batches, task.loss)
-    return family.with_scores(found) if found else family
+    widths = [c for c in cuts if isinstance(c, Widths)]
+    if not any(c.scores is None and c.importance != "magnitude" for c in widths):
+        return family  # in the order that its cuts have
+    return family.with_scores(importances(family, cuts, task, seed))
 
 
 def _limits(within: Limits | Sequence[Limit], task: Task) -> tuple[Limit, ...]:

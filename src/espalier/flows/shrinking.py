@@ -70,6 +70,7 @@ class Shrinking(Measuring):
     cuts: Sequence[Cut] = ()
     asked: tuple[Limit, ...] = field(init=False)  # with shares as shares
     beside: bool = field(init=False)
+    untuned: list[str] = field(default_factory=list)  # baselines that had no fine-tuning
     greedy: dict[Candidate, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

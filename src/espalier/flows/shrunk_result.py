@@ -68,6 +68,7 @@ def shrunk_json(
         "notes": [
             *job.study.notes,
             *_beside(job),
+            *_untuned(job),
             *_against_greedy(job, found),
             *disturbances(job, error, found.best),
         ],
@@ -84,6 +85,15 @@ def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
     return [
         f"By what each option harms alone, the exact program's answer harms {ours:.4g}; greedy "
         f"allocation, the most harm saved per cost, under the same limits: {other}."
+    ]
+
+
+def _untuned(job: Shrinking) -> list[str]:
+    """Which baselines were not fine-tuned, and why."""
+    return [
+        f"The baseline {name} was not fine-tuned: the time for it went in equal shares to the answer and "
+        "to the baselines that were better on validation after least squares."
+        for name in job.untuned
     ]
 
 
