@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,6 +59,11 @@ class Removal:
 
     def apply(self, model: nn.Module) -> None:
         """Replace the modules; of plain ones nothing but `nn.Identity` is left."""
+        for holder, name, part in self._places(model):
+            holder._modules[name] = self._stand_in(part).train(model.training)
+
+    def _places(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, Part]]:
+        """Where each part is held, and by what name."""
         for part in self.parts:
             parent, _, last = part.path.rpartition(".")
             try:
@@ -67,27 +71,41 @@ class Removal:
             except AttributeError:  # it went with a block around it
                 continue
             if last in holder._modules:
-                holder._modules[last] = self._stand_in(part).train(model.training)
+                yield holder, last, part
 
     def _stand_in(self, part: Part) -> nn.Module:
         if part.plain and not self.zero:
             return nn.Identity()
         return _passing(part, self.zero, self.shaped)
 
-    def trouble(self, model: nn.Module, example: Tensor) -> str:
-        """Why the model does not run as before without it; '' where it does."""
-        twin = copy.deepcopy(model)
-        self.apply(twin)
+    def trouble(self, model: nn.Module, example: Tensor, expected: Any) -> str:
+        """Why the model does not run as before without it, when it gave `expected`; '' where it
+        does. The model is left as it was."""
+        before = [(holder, name, holder._modules[name]) for holder, name, _ in self._places(model)]
         try:
-            with deployed(model), deployed(twin):
-                wanted, got = model(example), twin(example)
+            with deployed(model):
+                self.apply(model)
+                got = model(example)
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             return f"without it the model does not run: {first}"
-        shapes = [
-            [tuple(t.shape) for t in tree_leaves(o) if isinstance(t, Tensor)] for o in (wanted, got)
-        ]
-        return "" if shapes[0] == shapes[1] else "without it the model's output changes its shape"
+        finally:
+            for holder, name, module in before:
+                holder._modules[name] = module
+        same = _shapes(got) == _shapes(expected)
+        return "" if same else "without it the model's output changes its shape"
+
+    def tried(self, model: nn.Module, example: Tensor, expected: Any) -> tuple[Removal, str]:
+        """The form of it with which the model runs, and what is wrong where none is."""
+        reason = self.trouble(model, example, expected)
+        if reason and self.zero:  # an addition in place needs the whole shape
+            shaped = replace(self, shaped=True)
+            return shaped, shaped.trouble(model, example, expected)
+        return self, reason
+
+
+def _shapes(output: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def _passing(part: Part, zero: bool, shaped: bool) -> nn.Module:
@@ -206,7 +224,6 @@ class _Finder:
         self, owner: int, chain: list[int], branches: list[tuple[int, list[int]]]
     ) -> Removal | None:
         holder = self._run.calls[owner]
-        holder = self._run.calls[owner]
         alone = sum(other == owner for other, _ in branches) == 1
         calls = [self._run.calls[i] for i in chain]
         largest = max(chain, key=lambda i: self._weight([i]))
@@ -216,14 +233,11 @@ class _Finder:
             again = next(c for c in shared if not isinstance(c.module, _KEEP_ZERO))
             self.ignored.append(Ignored(name, "depth", f"{again.path} is called more than once"))
             return None
-        return self._of_zero(name, [c for c in calls if self._once(c)])
-
-    def _of_zero(self, name: str, calls: list[Call]) -> Removal | None:
-        removal = self._removal(name, calls, zero=True)
-        example = self._run.calls[0].args[0]
-        if removal.trouble(self._model, example):  # an addition in place needs the whole shape
-            return replace(removal, shaped=True)
-        return removal
+        parts = [c for c in calls if self._once(c)]
+        if not all(c.args and isinstance(c.args[0], Tensor) for c in parts):
+            self.ignored.append(Ignored(name, "depth", "its first input is no tensor"))
+            return None
+        return self._removal(name, parts, zero=True)
 
     # --- blocks of equal shape without a shortcut ------------------------------------------------
 

@@ -40,7 +40,8 @@ class Depth(Cut):
 
     def bind(self, model: nn.Module, example: Tensor) -> BoundDepth:
         """The blocks of a model. Errors: `EspalierError` where it does not run on the example."""
-        found, ignored = removals(model, follow(model, example))
+        run = follow(model, example)
+        found, ignored = removals(model, run)
         kept = [r for r in found if self._allowed(r.name)]
         if self.layers is not None and not kept:
             names = ", ".join(r.name for r in found) or "none"
@@ -49,8 +50,9 @@ class Depth(Cut):
                 f"there are: {names}"
             )
         tried = []
-        for removal in kept:
-            if reason := removal.trouble(model, example):
+        for offered in kept:
+            removal, reason = offered.tried(model, example, run.output)
+            if reason:
                 ignored.append(Ignored(removal.name, "depth", reason))
             else:
                 tried.append(removal)

@@ -25,6 +25,7 @@ from espalier.space import Decision, Ordinal
 from espalier.space.options import Option
 
 PREFIX = "width:"
+_CHOICES = 4  # numbers of units to choose among, where kernels' multiples would leave fewer
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Widths(Cut):
     """Channels and heads, one decision a group of coupled ones; an option is how many units stay.
 
     - `multiple`: channels left are a multiple of this; by default of 8 in groups of 32 or more, of 4
-      in groups of 16 or more, so that kernels run at full speed. Heads count one by one.
+      in groups of 16 or more, so that kernels run at full speed, of less where that would leave
+      hardly a choice. Heads count one by one.
     - `least`: the least share that may be left. `steps`: options of a decision, at the most.
     - `importance`: which channels go first ("magnitude", "bn", "taylor", "activation", see
       `importance.scores`). The last two need data: until `with_scores` the order is by magnitude.
@@ -78,7 +80,7 @@ class Widths(Cut):
         if group.heads and not self.heads:
             return "attention heads are left alone (heads=False)"
         if len(self.options(group)) < 2:
-            return f"too few channels for a multiple of {self.multiple}"
+            return f"too few channels for a multiple of {self.multiple or 1}"
         return ""
 
     def options(self, group: Group) -> tuple[int, ...]:
@@ -86,13 +88,22 @@ class Widths(Cut):
         unit = min(m.rows.shape[1] for m in group.members)
         step = 1
         if not group.heads:
-            total = group.units * unit
-            wanted = self.multiple or (8 if total >= 32 else 4 if total >= 16 else 1)
+            wanted = self.multiple or _usual(group.units, unit)
             step = wanted // math.gcd(wanted, unit)
         least = max(1, math.ceil(self.least * group.units / step)) * step
         places = torch.linspace(self.least * group.units, group.units, self.steps)
         counts = {max(least, round(float(p) / step) * step) for p in places}
         return (*sorted(c for c in counts if c < group.units), group.units)
+
+
+def _usual(units: int, unit: int) -> int:
+    """The multiple that kernels like, for units of `unit` channels; less where a few units are odd
+    numbers of channels (groups of a convolution), so that there is a choice."""
+    total = units * unit
+    wanted = 8 if total >= 32 else 4 if total >= 16 else 1
+    while wanted > 1 and wanted // math.gcd(wanted, unit) * _CHOICES > units:
+        wanted //= 2
+    return wanted
 
 
 def _few(model: nn.Module, example: Tensor) -> Tensor:

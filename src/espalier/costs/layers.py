@@ -70,11 +70,13 @@ def kind_of(module: nn.Module) -> str:
     """What a module is, in one word."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "depthwise" if 1 < module.groups == module.in_channels else "conv"
-    name = type(module).__name__
-    for word, kind in _WORDS.items():
-        if word in name:
-            return kind
-    return "activation" if type(module).__module__.endswith("modules.activation") else "other"
+    for cls in type(module).__mro__:  # a subclass of torch's norm is a norm, whatever its name
+        for word, kind in _WORDS.items():
+            if word in cls.__name__:
+                return kind
+        if cls.__module__.endswith("modules.activation"):
+            return "activation"
+    return "other"
 
 
 _WORDS = {

@@ -172,11 +172,29 @@ def traced(module: nn.Module) -> fx.GraphModule:
         for name, p in inspect.signature(module.forward).parameters.items()
         if p.default is None
     }
-    graph = _OwnForward().trace(module, concrete_args=fixed or None)
+    with _lengths_followed(module):
+        graph = _OwnForward().trace(module, concrete_args=fixed or None)
     for node in graph.nodes:
         node.meta.clear()
         node.type = None
     return fx.GraphModule(module, graph, type(module).__name__).train(module.training)
+
+
+def _length(x: Any) -> Any:
+    return x.size(0) if isinstance(x, fx.Proxy) else len(x)
+
+
+@contextmanager
+def _lengths_followed(module: nn.Module) -> Iterator[None]:
+    """Inside, `len(x)` in the module's forward is a size of `x`, which torch.fx alone refuses."""
+    names: dict[str, Any] = getattr(type(module).forward, "__globals__", {})
+    before = {name: names[name] for name in ("len",) if name in names}
+    names["len"] = _length
+    try:
+        yield
+    finally:
+        del names["len"]
+        names.update(before)
 
 
 def swap(model: nn.Module, path: str, module: nn.Module) -> None:

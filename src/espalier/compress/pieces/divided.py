@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from espalier.compress.calls import Call, Pass, Shape, Value
+from espalier.compress.calls import Call, Pass, Shape
 from espalier.costs.layers import kind_of
 
 _FOLLOWS = {"norm", "activation", "pool"}
@@ -42,7 +42,7 @@ class Division:
     def __init__(self, model: nn.Module, run: Pass, layers: Sequence[Layers]) -> None:
         self._model, self._run, self._layers = model, run, layers
         self._turns: Counter[str] = Counter()
-        self._last: Value | None = None
+        self._last: Call | None = None
         self.pieces: list[Piece] = []
         wholes = self._wholes()
         for i, call in enumerate(run.calls):
@@ -63,7 +63,7 @@ class Division:
 
     def _leaf(self, index: int) -> None:
         call = self._run.calls[index]
-        joins = self.pieces and self._last is not None and call.taken == self._last
+        joins = self.pieces and self._last is not None and _handed_on(self._last, call)
         if not call.single:
             self._add("call", index)
         elif joins and self._follows(call):
@@ -71,7 +71,7 @@ class Division:
             self.pieces[-1].shapes.append(call.shape)
             self.pieces[-1].calls.append(index)
             self._turns[call.path] += 1
-            self._last = call.made
+            self._last = call
         elif not isinstance(call.module, _IDLE):
             self._add("chain", index)
         else:
@@ -93,7 +93,7 @@ class Division:
         call = self._run.calls[index]
         self.pieces.append(Piece(kind, [call.path], self._turns[call.path], [call.shape], [index]))
         self._turns[call.path] += 1
-        self._last = call.made if kind == "chain" else None
+        self._last = call if kind == "chain" else None
 
     def _hold(self) -> None:
         """Weights outside of all pieces: of no layer, or of one that is never called."""
@@ -106,25 +106,62 @@ class Division:
                 self.pieces.append(Piece("held", [path]))
 
 
+def _handed_on(before: Call, after: Call) -> bool:
+    """Whether a layer's result goes into the next as it is: not turned, nor folded."""
+    if before.made is None or before.made != after.taken or not after.args:
+        return False
+    made, taken = before.output, after.args[0]
+    if not isinstance(made, Tensor) or not isinstance(taken, Tensor):
+        return False
+    placed = (made.shape, made.stride(), made.storage_offset())
+    return placed == (taken.shape, taken.stride(), taken.storage_offset())
+
+
 def _leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def told(layer: nn.Module, shape: Shape) -> Shape | None:
-    """The input's shape of a layer that once took `shape`, by its own settings; None where they
-    say nothing of it."""
+def told(layer: nn.Module, shape: Shape, places: tuple[int, ...] | None) -> Shape | None:
+    """The input's shape of a layer that once took `shape`, by its own sizes at these places; None
+    where it tells none."""
+    sizes = _sizes(layer)
+    if sizes is None or places is None:
+        return None
+    found = list(shape)
+    for place, size in zip(places, sizes[1], strict=True):
+        found[place] = size
+    return tuple(found)
+
+
+def places_of(layer: nn.Module, shape: Shape) -> tuple[int, ...] | None:
+    """Where in its input's shape a layer's own sizes stand; None where that is not known.
+
+    torch's own layers say it; another `forward` may turn its input first (a norm over the channels
+    of images): there it is known where the size stands at one place only.
+    """
+    found = _sizes(layer)
+    if found is None:
+        return None
+    first, sizes = found
+    usual = tuple(range(first, first + len(sizes)))
+    if type(layer).forward.__module__.startswith("torch."):
+        return usual
+    if len(sizes) != 1:
+        return None
+    fitting = [i for i, size in enumerate(shape) if i > 0 and size == sizes[0]]
+    return (fitting[0],) if len(fitting) == 1 else None
+
+
+def _sizes(layer: nn.Module) -> tuple[int, tuple[int, ...]] | None:
+    """The sizes that a layer knows of its input, and the place of the first in torch's layers."""
     if isinstance(layer, nn.Linear):
-        return (*shape[:-1], layer.in_features)
+        return -1, (layer.in_features,)
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return _channels(shape, layer.in_channels)
+        return 1, (layer.in_channels,)
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return _channels(shape, layer.num_features)
+        return 1, (layer.num_features,)
     if isinstance(layer, nn.GroupNorm):
-        return _channels(shape, layer.num_channels)
-    if isinstance(layer, nn.LayerNorm):
-        return (*shape[: -len(layer.normalized_shape)], *layer.normalized_shape)
-    return shape if isinstance(layer, nn.Embedding) else None
-
-
-def _channels(shape: Shape, channels: int) -> Shape:
-    return (shape[0], channels, *shape[2:])
+        return 1, (layer.num_channels,)
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return -len(layer.normalized_shape), tuple(layer.normalized_shape)
+    return (0, ()) if isinstance(layer, nn.Embedding) else None

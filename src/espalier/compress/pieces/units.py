@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.compress.calls import Call, Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.beside import Beside
-from espalier.compress.pieces.divided import Division, Piece, told
+from espalier.compress.pieces.divided import Division, Piece, places_of, told
 from espalier.compress.pieces.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
 from espalier.errors import SpaceError, unknown
 from espalier.space import Decision, Option
@@ -136,7 +136,7 @@ class Units:
     def _tells(self, piece: Piece) -> bool:
         if piece.kind != "chain":
             return False
-        return told(self._model.get_submodule(piece.paths[0]), piece.shapes[0]) is not None
+        return places_of(self._model.get_submodule(piece.paths[0]), piece.shapes[0]) is not None
 
     # --- getting a piece -------------------------------------------------------------------------
 
@@ -160,14 +160,15 @@ class Units:
         """A leaf layer under the candidate, and its input's shape where it tells that."""
         layer: nn.Module | None = self._model.get_submodule(path)
         assert layer is not None
-        taken = told(layer, shape)
+        places = places_of(layer, shape)
+        taken = told(layer, shape, places)
         for cut, layers in zip(self._cuts, self._layers, strict=True):
             if names := layers.get(path):
                 choices = {n: candidate.get(n, self._original[n]) for n in names}
                 layer = cut.slice(path, layer, choices)
                 if layer is None:
                     return None, None
-                taken = told(layer, shape) or taken
+                taken = told(layer, shape, places) or taken
         return layer, taken
 
     def _looked_up(self, piece: Piece, place: int, candidate: Choices) -> Shape | None:
