@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from espalier.nets.bottlenecks import network
-from espalier.recipes import _deepmad as deepmad
+from espalier.recipes._parts.deepmad import entropy as deepmad
 from espalier.recipes.deepmad import PUBLISHED, published
 
 RESULT = Path(__file__).parent / "results" / "deepmad.json"

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from espalier.recipes import _language, eep
+from espalier.recipes import eep
+from espalier.recipes._parts import language
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "language_experts.json"
@@ -42,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     setting = eep._SCALES["cpu"]
-    model = _language.byte_model("experts", 0, setting.steps, CACHE)
+    model = language.byte_model("experts", 0, setting.steps, CACHE)
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
     for seed in range(given.seeds):
         done = [(r["seed"], r["active"]) for r in found["rows"]]

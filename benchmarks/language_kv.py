@@ -43,7 +43,7 @@ from espalier.costs.language import LanguageCounts
 from espalier.errors import BudgetError
 from espalier.flows.machine import machine
 from espalier.problem import Limit
-from espalier.recipes import _language, _looking, _stories
+from espalier.recipes._parts import language, looking, stories
 from espalier.solvers.allocate import Factor, Program, profile
 
 RESULTS = Path(__file__).parent / "results" / "language_kv.json"
@@ -80,9 +80,9 @@ def byte_subject() -> Subject:
     """The byte model of six blocks."""
     return Subject(
         "bytes",
-        _language.byte_model("dense", 0, out=KEPT),
-        lambda draw: _language.windows("train", 4, draw, LENGTH),
-        lambda draw: _language.windows("fresh", 16, draw, LENGTH),
+        language.byte_model("dense", 0, out=KEPT),
+        lambda draw: language.windows("train", 4, draw, LENGTH),
+        lambda draw: language.windows("fresh", 16, draw, LENGTH),
         1.0,
     )
 
@@ -91,22 +91,22 @@ def looking_subject() -> Subject:
     """The smaller byte model that has learned to copy; what comes again is asked."""
     return Subject(
         "looking",
-        _looking.looking_model(KEPT),
+        looking.looking_model(KEPT),
         lambda draw: torch.cat(
-            [_language.windows("train", 2, draw, LENGTH), _looking.copies(4, draw, LENGTH)[0]]
+            [language.windows("train", 2, draw, LENGTH), looking.copies(4, draw, LENGTH)[0]]
         ),
-        lambda draw: _language.windows("fresh", 16, draw, LENGTH),
+        lambda draw: language.windows("fresh", 16, draw, LENGTH),
         1.0,
-        lambda draw: _looking.copies(16, 1000 + draw, LENGTH),
+        lambda draw: looking.copies(16, 1000 + draw, LENGTH),
     )
 
 
 def stories_subject() -> Subject:
     """The Llama of 260,032 weights on War and Peace, as in the recipe apt-prune."""
-    from espalier.recipes._stories_folder import stories_model
+    from espalier.recipes._parts.stories_folder import stories_model
 
-    text = _stories.read_text("text", "warandpeace", "warandpeace.txt.xz")
-    tokens = _stories.Tokens.read()
+    text = stories.read_text("text", "warandpeace", "warandpeace.txt.xz")
+    tokens = stories.Tokens.read()
     parts = [text[100_000:600_000], text[1_200_000:1_700_000]]
     ids = [torch.tensor(tokens.encode(part)) for part in parts]
     rows = [own[: len(own) // LENGTH * LENGTH].reshape(-1, LENGTH) for own in ids]

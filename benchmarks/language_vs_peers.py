@@ -27,8 +27,8 @@ import torch
 
 import language_ways as ways
 from espalier.errors import EspalierError
-from espalier.recipes import _language, _stories
-from espalier.recipes._stories_folder import stories_folder
+from espalier.recipes._parts import language, stories
+from espalier.recipes._parts.stories_folder import stories_folder
 from espalier.tasks.tokens import encoder, token_text
 from peers.environments import PACKAGES
 
@@ -50,10 +50,10 @@ def job(name: str, draw: int) -> ways.Job:
 
     if name == "stories":
         folder = stories_folder(KEPT)
-        text = _stories.read_text("text", "warandpeace", "warandpeace.txt.xz")[:1_500_000].encode()
+        text = stories.read_text("text", "warandpeace", "warandpeace.txt.xz")[:1_500_000].encode()
         encode = encoder(AutoTokenizer.from_pretrained(folder))
     else:
-        folder = _language.byte_folder(name, 0, _language.STEPS, KEPT)  # type: ignore[arg-type]
+        folder = language.byte_folder(name, 0, language.STEPS, KEPT)  # type: ignore[arg-type]
         text, encode = (folder / "fresh.txt").read_bytes(), None
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     task = token_text(text, int(model.config.vocab_size), _CONTEXT, encode, _WINDOWS, draw)

@@ -34,7 +34,7 @@ from espalier.errors import BudgetError
 from espalier.flows.language.building import early, late, reshaped
 from espalier.flows.language.harm import LanguageHarm, loss_of
 from espalier.problem import Limit
-from espalier.recipes._sublayers import influence
+from espalier.recipes._parts.sublayers import influence
 from espalier.solvers.allocate import Factor, Profile, Program, profile
 from espalier.tasks.tokens import TokenText
 from peers.environments import HERE, python

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from espalier.bench.criteria import kendall
-from espalier.recipes import _one_shot as one_shot
+from espalier.recipes._parts import one_shot
 
 RESULT = Path(__file__).parent / "results" / "one_shot_rank.json"
 # in the order in which they run

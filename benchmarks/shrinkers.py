@@ -29,7 +29,7 @@ from espalier.compress import Cut as Decisions
 from espalier.compress.ranges import calibrate
 from espalier.compress.repair import reconstruct
 from espalier.errors import BudgetError, EspalierError
-from espalier.recipes._measured import Processor
+from espalier.recipes._parts.measured import Processor
 from espalier.tasks import Task
 from espalier.train import recalibrate
 from peers.environments import process

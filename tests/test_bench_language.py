@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from espalier.compress.language.anatomy import anatomy
 from espalier.errors import BudgetError
-from espalier.recipes import _language
+from espalier.recipes._parts import language
 from espalier.tasks.tokens import token_text
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
@@ -30,10 +30,10 @@ def ways():
 
 
 def job(ways, kind: str, tmp_path: Path):
-    model = _language.fresh_model(kind, 0, **SIZES).eval()
+    model = language.fresh_model(kind, 0, **SIZES).eval()
     for p in model.parameters():
         p.data.mul_(3.0)
-    text = _language.byte_text("fresh")[:20_000]
+    text = language.byte_text("fresh")[:20_000]
     task = token_text(text, 256, 24, None, (4, 2, 2), 0)
     return ways.Job(tmp_path / "tiny", model, task, 0, tmp_path)
 

@@ -21,7 +21,7 @@ from espalier.compress.two_way import TwoWay, pattern, plain, two_way
 from espalier.compress.widths import Widths
 from espalier.costs import count
 from espalier.errors import BudgetError, EspalierError, SpaceError
-from espalier.recipes._small_cnn import SmallCNN
+from espalier.recipes._parts.small_cnn import SmallCNN
 from espalier.solvers.allocate import totals
 from espalier.solvers.prune import (
     BinaryUnits,

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 
 from espalier import recipes  # noqa: E402
 from espalier.recipes import autopeft  # noqa: E402
-from espalier.recipes._tuning import Tuning  # noqa: E402
+from espalier.recipes._parts.tuning import Tuning  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from espalier.compress.language.cache.policy import Policy, give
 from espalier.compress.language.cache.spans import release
 from espalier.compress.language.evaluate import scored, teacher_forced
 from espalier.errors import EspalierError
-from espalier.recipes import _looking, cskv
+from espalier.recipes import cskv
+from espalier.recipes._parts import looking
 from espalier.testing.language import tiny
 
 
@@ -96,8 +97,8 @@ def test_plans_of_one_length_are_alike(model: Any) -> None:
 
 
 def test_what_is_told_stood_before() -> None:
-    ids, told = _looking.copies(4, 3, 96)
-    again, _ = _looking.copies(4, 3, 96)
+    ids, told = looking.copies(4, 3, 96)
+    again, _ = looking.copies(4, 3, 96)
     assert torch.equal(ids, again)
     for row, mask in zip(ids.tolist(), told.tolist(), strict=True):
         places = [i for i, marked in enumerate(mask) if marked]
@@ -106,14 +107,14 @@ def test_what_is_told_stood_before() -> None:
         assert len(string) == 24
         assert first >= 48
         assert any(row[i : i + 24] == string for i in range(25))
-    rows = _looking.repeats(3, 5, 64)
+    rows = looking.repeats(3, 5, 64)
     assert all(any(torch.equal(r[n:], r[:-n]) for n in range(8, 33)) for r in rows)
 
 
 def test_the_looking_model_is_kept(tmp_path: Any) -> None:
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 4}
-    made = _looking.looking_model(tmp_path, 2, 0, **sizes)
-    read = _looking.looking_model(tmp_path, 2, 0, **sizes)
-    ids = _looking.repeats(1, 0, 16)
+    made = looking.looking_model(tmp_path, 2, 0, **sizes)
+    read = looking.looking_model(tmp_path, 2, 0, **sizes)
+    ids = looking.repeats(1, 0, 16)
     assert torch.equal(made(input_ids=ids).logits, read(input_ids=ids).logits)
     assert len(list(tmp_path.iterdir())) == 1

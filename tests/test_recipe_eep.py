@@ -12,8 +12,16 @@ pytest.importorskip("transformers")
 
 from espalier import recipes
 from espalier.compress.language.shape.surgery import keep_experts
-from espalier.recipes import _language, eep
-from espalier.recipes._expert_search import Evolution, Genome, Mixtures, Settings, loss, ordered
+from espalier.recipes import eep
+from espalier.recipes._parts import language
+from espalier.recipes._parts.expert_search import (
+    Evolution,
+    Genome,
+    Mixtures,
+    Settings,
+    loss,
+    ordered,
+)
 from espalier.testing.language import tiny
 
 
@@ -98,7 +106,7 @@ def test_the_search_differentiates_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("a gradient was asked for")
 
     setting = eep._SCALES["smoke"]
-    model = _language.fresh_model("experts", 0, **dict(setting.sizes)).eval()
+    model = language.fresh_model("experts", 0, **dict(setting.sizes)).eval()
     before = {n: p.clone() for n, p in model.named_parameters()}
     monkeypatch.setattr(torch.Tensor, "backward", refuse)
     monkeypatch.setattr(torch.autograd, "grad", refuse)

@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 
 from espalier import recipes
 from espalier.compress.language.weights.rounding import nearest, packed_bytes
-from espalier.recipes import _techniques
 from espalier.recipes import efficientllm_bench as bench
+from espalier.recipes._parts import techniques
 from espalier.testing.language import tiny
 
 
@@ -44,7 +44,7 @@ def test_it_runs() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_are_the_rounded_ones_in_their_bytes(bits: int) -> None:
     layer = torch.nn.Linear(70, 5)
-    made = _techniques.Packed(layer, bits)
+    made = techniques.Packed(layer, bits)
     x = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
     rounded = nearest(layer.weight.detach(), None, bits).values()
     assert torch.allclose(made(x), x @ rounded.T + layer.bias, atol=1e-5)
@@ -55,10 +55,10 @@ def test_packed_weights_are_the_rounded_ones_in_their_bytes(bits: int) -> None:
 def test_a_packed_model_is_close_to_the_original() -> None:
     model, ids = tiny("llama"), torch.arange(12)[None]
     with torch.no_grad():
-        plain, eight = (m(input_ids=ids).logits for m in (model, _techniques.packed(model, 8)))
+        plain, eight = (m(input_ids=ids).logits for m in (model, techniques.packed(model, 8)))
     assert (plain - eight).abs().max() < 0.2
     assert not torch.equal(plain, eight)
-    assert not any(isinstance(m, _techniques.Packed) for m in model.modules())
+    assert not any(isinstance(m, techniques.Packed) for m in model.modules())
 
 
 def test_winners_know_what_is_better() -> None:

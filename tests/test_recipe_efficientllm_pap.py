@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 from espalier import recipes
 from espalier.compress.language.anatomy import anatomy
-from espalier.recipes import _groups, _language
 from espalier.recipes import efficientllm_pap as pap
+from espalier.recipes._parts import groups, language
 from espalier.tasks.text import text
 
 SETTING = pap._SCALES["smoke"]
@@ -27,7 +27,7 @@ def task() -> Any:
 
 @pytest.fixture
 def model() -> Any:
-    return _language.fresh_model("dense", 0, **SETTING.large)
+    return language.fresh_model("dense", 0, **SETTING.large)
 
 
 def test_it_runs() -> None:
@@ -54,7 +54,7 @@ def test_saliency_is_the_change_of_the_loss_without_a_group(model: Any, task: An
 
     base = loss(model)
     base.backward()
-    found = _groups.saliency(model)
+    found = groups.saliency(model)
     small = 1e-3
     for group, index in ((("units", 1), 5), (("heads", 0), 1), (("hidden", -1), 7)):
         twin = copy.deepcopy(model)
@@ -84,16 +84,16 @@ def test_saliency_is_the_change_of_the_loss_without_a_group(model: Any, task: An
 
 def test_what_is_cut_is_cut_from_the_moments_too(model: Any, task: Any) -> None:
     training = pap.Training(model, task, SETTING, 0)
-    one = _groups.operations(model, SETTING.batch * SETTING.context)
+    one = groups.operations(model, SETTING.batch * SETTING.context)
     training.until(2 * one, 40 * one)
     before = {n: p.clone() for n, p in training.mean.named_parameters()}
     parts = anatomy(model)
     found = {g: torch.arange(n).float() for g, n in _sizes(parts).items()}
-    kept = _groups.chosen(parts, found, 0.5 * _groups.weights(model))
+    kept = groups.chosen(parts, found, 0.5 * groups.weights(model))
     for part in (training.model, training.mean, training.square):
-        _groups.cut(part, kept, scaled=part is model)
+        groups.cut(part, kept, scaled=part is model)
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    assert _groups.weights(model) <= 0.5 * sum(p.numel() for p in before.values())
+    assert groups.weights(model) <= 0.5 * sum(p.numel() for p in before.values())
     assert shapes == {n: p.shape for n, p in training.mean.named_parameters()}
     name = "model.layers.1.mlp.up_proj.weight"
     rows, columns = kept["units", 1], kept["hidden", -1]
@@ -106,11 +106,11 @@ def test_what_is_cut_is_cut_from_the_moments_too(model: Any, task: Any) -> None:
 def test_the_least_salient_leave_and_sizes_are_counted(model: Any) -> None:
     parts = anatomy(model)
     sizes = _sizes(parts)
-    assert _groups.counted(parts, sizes) == _groups.weights(model)
+    assert groups.counted(parts, sizes) == groups.weights(model)
     found = {g: torch.ones(n) for g, n in sizes.items()}
     found["units", 0][3] = found["units", 0][9] = 0.0
-    less = _groups.counted(parts, {**sizes, ("units", 0): sizes["units", 0] - 2})
-    kept = _groups.chosen(parts, found, less)
+    less = groups.counted(parts, {**sizes, ("units", 0): sizes["units", 0] - 2})
+    kept = groups.chosen(parts, found, less)
     assert {g: len(k) for g, k in kept.items()} == {**sizes, ("units", 0): sizes["units", 0] - 2}
     assert not {3, 9} & set(kept["units", 0].tolist())
 

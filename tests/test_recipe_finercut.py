@@ -13,14 +13,15 @@ pytest.importorskip("transformers")
 
 from espalier import recipes
 from espalier.compress.language.shape.surgery import drop
-from espalier.recipes import _language, finercut
-from espalier.recipes._sublayers import Resumed, bits, divergence, influence, units, without
+from espalier.recipes import finercut
+from espalier.recipes._parts import language
+from espalier.recipes._parts.sublayers import Resumed, bits, divergence, influence, units, without
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    made = _language.fresh_model("dense", 0, hidden_size=16, num_hidden_layers=3).eval()
+    made = language.fresh_model("dense", 0, hidden_size=16, num_hidden_layers=3).eval()
     for p in made.parameters():
         p.data.mul_(8.0)  # so that each sub-layer matters
     return made
@@ -28,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ids():
-    return _language.windows("train", 3, 0, 24)
+    return language.windows("train", 3, 0, 24)
 
 
 def test_finercut_runs() -> None:

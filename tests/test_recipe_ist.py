@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 
 from espalier import recipes
 from espalier.recipes import ist
-from espalier.recipes._tuning import memory_saved
+from espalier.recipes._parts.tuning import memory_saved
 
 SETTING = ist._SCALES["smoke"]
 

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from espalier import recipes
 from espalier.recipes import qmoe
-from espalier.recipes._ternary import Words, decode, encode, entropy, product, ternary
+from espalier.recipes._parts.ternary import Words, decode, encode, entropy, product, ternary
 
 
 def signs(rows: int, d: int, zeros: float, seed: int = 0) -> np.ndarray:

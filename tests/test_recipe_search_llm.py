@@ -11,16 +11,17 @@ import torch
 pytest.importorskip("transformers")
 
 from espalier import recipes
-from espalier.recipes import _language, _slicing, search_llm
-from espalier.recipes._slicing import Reformation, flap, inputs_kept, masked, optimum, sliced
-from espalier.recipes._sublayers import loss
+from espalier.recipes import search_llm
+from espalier.recipes._parts import language, slicing
+from espalier.recipes._parts.slicing import Reformation, flap, inputs_kept, masked, optimum, sliced
+from espalier.recipes._parts.sublayers import loss
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
 
 
 @pytest.fixture(scope="module")
 def model():
-    made = _language.fresh_model("dense", 0, **SIZES).eval()
+    made = language.fresh_model("dense", 0, **SIZES).eval()
     for p in made.parameters():
         p.data.mul_(8.0)  # so that slices matter
     return made
@@ -28,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ids():
-    return _language.windows("train", 4, 0, 24)
+    return language.windows("train", 4, 0, 24)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_search_llm_runs() -> None:
     found = recipes.run("search-llm")
     assert json.loads(json.dumps(found)) == found
     (rows,) = found["sizes"].values()
-    whole = sum(p.numel() for p in _language.fresh_model("dense", 0, **SIZES).parameters())
+    whole = sum(p.numel() for p in language.fresh_model("dense", 0, **SIZES).parameters())
     for row in rows.values():
         assert 0.7 * whole <= row["params"] <= 0.8 * whole + 2 * 2 * 16  # biases
     assert rows["random"]["evaluations"] == rows["evolution"]["evaluations"] == 6
@@ -58,7 +59,7 @@ def test_the_loss_of_a_candidate_is_that_of_the_built_model(job) -> None:
         kept = inputs_kept(job.model, *job.chosen(candidate))
         with masked(job.model, kept):
             assert loss(job.model, job.fit) == pytest.approx(loss(built, job.fit), abs=1e-4)
-        whole = _slicing.compensate(built, job.model, kept, job.seen)
+        whole = slicing.compensate(built, job.model, kept, job.seen)
         assert job.value(row) == pytest.approx(loss(whole, job.fit), abs=1e-4)
 
 
@@ -110,7 +111,7 @@ def test_flap_keeps_the_highest_of_all_layers(model) -> None:
 
 
 def test_reformation_is_near_the_closed_form_and_better_than_cutting(model, ids) -> None:
-    data = _slicing.seen(model, ids)
+    data = slicing.seen(model, ids)
     path = "model.layers.0.mlp.down_proj"
     taken = []
     hook = model.get_submodule(path).register_forward_pre_hook(lambda m, a: taken.append(a[0]))
@@ -135,12 +136,12 @@ def test_reformation_is_near_the_closed_form_and_better_than_cutting(model, ids)
 
 
 def test_a_bias_makes_up_for_the_mean_of_what_went(model, ids) -> None:
-    data = _slicing.seen(model, ids)
+    data = slicing.seen(model, ids)
     units = {0: torch.arange(6)}
     kept = inputs_kept(model, {}, units)
     cut = sliced(model, {}, units)
     path = "model.layers.0.mlp.down_proj"
-    _slicing.compensate(cut, model, kept, data)
+    slicing.compensate(cut, model, kept, data)
     outputs = []
     for one in (model, cut):
         hook = one.get_submodule(path).register_forward_hook(lambda m, a, o: outputs.append(o))

@@ -17,9 +17,9 @@ from torch import nn
 from espalier import recipes
 from espalier.nets.metapath import ATTENTION, IDENTITY, POOL, MetaPath
 from espalier.recipes import efficientformer, fast_sparse_conv, lowformer, pflayer
-from espalier.recipes._measured import Clock, Counted, even, params, widest
-from espalier.recipes._slimming import Slimming, met
-from espalier.recipes._sparse import KERNELS, Engine, Gradual, block_mask, network
+from espalier.recipes._parts.measured import Clock, Counted, even, params, widest
+from espalier.recipes._parts.slimming import Slimming, met
+from espalier.recipes._parts.sparse import KERNELS, Engine, Gradual, block_mask, network
 
 
 class Told(Clock):

@@ -15,7 +15,7 @@ from torch import nn
 from espalier import recipes
 from espalier.costs import count
 from espalier.nets.bottlenecks import Bottlenecks, Layout, network
-from espalier.recipes import _deepmad as deepmad
+from espalier.recipes._parts.deepmad import entropy as deepmad
 from espalier.recipes.deepmad import PUBLISHED, SCALES, checked
 from espalier.testing.family import check_family
 
@@ -158,7 +158,7 @@ def test_the_family_conforms() -> None:
 
 
 def test_the_program_finds_what_enumeration_finds() -> None:
-    from espalier.recipes._deepmad_program import design
+    from espalier.recipes._parts.deepmad.program import design
 
     layout = Layout((1, 2), 1)
     wanted = deepmad.Wanted(

@@ -11,8 +11,9 @@ import torch
 from espalier import recipes
 from espalier.costs import Counts
 from espalier.nets.llama import rotate
-from espalier.recipes import _byte_pairs, _modules, apt_prune, compressor_3mb
-from espalier.recipes._compressor import GENES, Genetic, Students
+from espalier.recipes import apt_prune, compressor_3mb
+from espalier.recipes._parts import byte_pairs, modules
+from espalier.recipes._parts.compressor import GENES, Genetic, Students
 
 
 def test_apt_prune_runs() -> None:
@@ -52,9 +53,9 @@ def test_positions_turn_pairs_of_channels() -> None:
 
 @pytest.mark.data
 def test_the_llama_tells_its_published_story(real_data) -> None:
-    from espalier.recipes import _stories
+    from espalier.recipes._parts import stories
 
-    model, tokens = _stories.model(), _stories.Tokens.read()
+    model, tokens = stories.model(), stories.Tokens.read()
     assert sum(p.numel() for p in model.parameters()) == 260_032
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     ids = [1]
@@ -105,12 +106,12 @@ def test_the_genetic_search_finds_what_enumeration_finds() -> None:
 
 
 def test_pairs_are_joined_most_frequent_first() -> None:
-    assert _byte_pairs.learn(b"abababcab", 258) == [(97, 98), (256, 256)]
+    assert byte_pairs.learn(b"abababcab", 258) == [(97, 98), (256, 256)]
     run = np.array([5, 7, 7, 7, 5, 7, 7])  # of three in a run, the first two
-    assert _byte_pairs.joined(run, (7, 7), 300).tolist() == [5, 300, 7, 5, 300]
-    pairs = _byte_pairs.learn(b"to be or not to be, that is the question; " * 20, 300)
+    assert byte_pairs.joined(run, (7, 7), 300).tolist() == [5, 300, 7, 5, 300]
+    pairs = byte_pairs.learn(b"to be or not to be, that is the question; " * 20, 300)
     windows = np.frombuffer(b"to be or not to the question be ", np.uint8).reshape(2, 16)
-    found = _byte_pairs.encode(windows, pairs, [256, 280], 16)
+    found = byte_pairs.encode(windows, pairs, [256, 280], 16)
     assert np.array_equal(found[256], windows)
     table = {i: bytes([i]) for i in range(256)}
     for i, (a, b) in enumerate(pairs[:24]):
@@ -122,7 +123,7 @@ def test_pairs_are_joined_most_frequent_first() -> None:
 
 def test_no_window_is_in_two_splits() -> None:
     setting = compressor_3mb._SCALES["smoke"]
-    text = _modules.read(setting.classes, setting.window, setting.windows, 0)
+    text = modules.read(setting.classes, setting.window, setting.windows, 0)
     assert len(text.names) == setting.classes
     sets = [{row.tobytes() for row in rows} for rows in text.windows.values()]
     assert not sets[0] & sets[1] | sets[0] & sets[2] | sets[1] & sets[2]

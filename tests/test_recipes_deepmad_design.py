@@ -14,7 +14,7 @@ import torch
 from espalier.costs import count
 from espalier.errors import BudgetError, EspalierError, MissingExtra
 from espalier.nets.bottlenecks import Bottlenecks, Layout
-from espalier.recipes import _deepmad as deepmad
+from espalier.recipes._parts.deepmad import entropy as deepmad
 from espalier.recipes.deepmad import design
 
 pytest.importorskip("ortools")

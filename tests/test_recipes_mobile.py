@@ -9,7 +9,7 @@ import torch
 from espalier import nets, recipes, tasks
 from espalier.costs import count
 from espalier.recipes import fbnet, proxylessnas, single_path_nas
-from espalier.recipes._mobile import SMALL, Counted, Wide, even, multipath
+from espalier.recipes._parts.mobile import SMALL, Counted, Wide, even, multipath
 
 SMOKE = single_path_nas.SCALES["smoke"]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from espalier import recipes
-from espalier.recipes import _one_shot, _three_tasks, fbnetv5, gm_nas
+from espalier.recipes import fbnetv5, gm_nas
+from espalier.recipes._parts import one_shot, three_tasks
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def test_gm_nas_splits_an_edge_and_pays_for_it(folder):
     found = recipes.run("gm-nas", "smoke", 0, folder)
     assert json.loads(json.dumps(found)) == found
     rows = found["rows"]
-    matched, plan = rows["split_by_gradients"], _one_shot.PLANS["smoke"]
+    matched, plan = rows["split_by_gradients"], one_shot.PLANS["smoke"]
     assert matched["passes"] == matched["steps"] + plan.matching * 30
     together = [option for group in matched["split"]["groups"] for option in group]
-    assert sorted(together) == sorted(_one_shot.OPERATORS)
+    assert sorted(together) == sorted(one_shot.OPERATORS)
     assert rows["split_at_random"]["split"]["distances"] == {}
     assert set(found["check"]["convolutions"]) >= {"nearest", "in_one_group"}
 
@@ -56,19 +57,19 @@ def test_convolutions_together_reads_the_distances():
 
 
 def test_every_method_costs_the_same_passes():
-    plan = _one_shot.PLANS["cpu"]
-    task = _one_shot.PLANS["smoke"].task
-    for name, method in _one_shot.METHODS.items():
+    plan = one_shot.PLANS["cpu"]
+    task = one_shot.PLANS["smoke"].task
+    for name, method in one_shot.METHODS.items():
         supernet, paths = method.make(plan, task)
         paths.begin(supernet.space, 0, 4, 3, 0)
         assert len(paths(1)) == method.each, name
 
 
 def test_the_ranked_cells_are_always_the_same():
-    plan = _one_shot.PLANS["cpu"]
-    ranked = _one_shot.cells(plan)
+    plan = one_shot.PLANS["cpu"]
+    ranked = one_shot.cells(plan)
     assert len(set(ranked)) == 200
-    assert ranked == _one_shot.cells(plan)
+    assert ranked == one_shot.cells(plan)
 
 
 def test_fbnetv5_finds_a_network_for_each_task():
@@ -117,7 +118,7 @@ def test_the_step_of_a_distribution_is_the_gradient_of_the_expected_reward():
 
 
 def test_canvases_hold_what_their_targets_say():
-    task = _three_tasks.canvases(20, 10, 10)
+    task = three_tasks.canvases(20, 10, 10)
     x, targets = next(task.batches("train", 20))
     assert x.shape == (20, 1, 16, 16)
     for row in targets:

@@ -14,9 +14,10 @@ from torch import nn
 
 from espalier import recipes
 from espalier.nets.nb201 import SPACE
-from espalier.recipes import _nb201, rarts, sharpdarts
-from espalier.recipes._nb201 import SCALES, Method, answer, by_chance
-from espalier.recipes._nb201_steps import bytes_kept, saved_bytes
+from espalier.recipes import rarts, sharpdarts
+from espalier.recipes._parts import nb201
+from espalier.recipes._parts.nb201 import SCALES, Method, answer, by_chance
+from espalier.recipes._parts.nb201_steps import bytes_kept, saved_bytes
 from espalier.solvers.relax import FirstOrder, Rarts
 
 NAMES = ("darts", "pc-darts", "gdas", "rarts", "darts-pt", "sd-darts", "sharpdarts")
@@ -47,11 +48,11 @@ def test_a_search_is_kept_for_the_next_recipe(out: Path, monkeypatch: pytest.Mon
         made.append(1)
         return {"n": len(made)}
 
-    monkeypatch.setattr(_nb201, "_FOUND", {})
-    assert _nb201.kept("some thing", 3, out, make) == {"n": 1}
-    _nb201._FOUND.clear()
-    assert _nb201.kept("some thing", 3, out, make) == {"n": 1}  # from the folder
-    assert _nb201.kept("some thing", 4, out, make) == {"n": 2}  # another seed is another search
+    monkeypatch.setattr(nb201, "_FOUND", {})
+    assert nb201.kept("some thing", 3, out, make) == {"n": 1}
+    nb201._FOUND.clear()
+    assert nb201.kept("some thing", 3, out, make) == {"n": 1}  # from the folder
+    assert nb201.kept("some thing", 4, out, make) == {"n": 2}  # another seed is another search
 
 
 def test_random_search_takes_its_time_and_chooses_by_validation(
@@ -67,7 +68,7 @@ def test_random_search_takes_its_time_and_chooses_by_validation(
             "seconds": 2.0,
         }
 
-    monkeypatch.setattr(_nb201, "alone", alone)
+    monkeypatch.setattr(nb201, "alone", alone)
     setting = SCALES["smoke"]
     found = by_chance(setting, 0, 5.0, None)  # the third is begun within the time, the fourth not
     assert found["trained"] == 3

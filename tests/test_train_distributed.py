@@ -16,7 +16,7 @@ from torch import nn
 from espalier import nets, tasks, train
 from espalier.errors import EspalierError
 from espalier.nets import elastic
-from espalier.recipes._three_tasks import Pyramid, canvases
+from espalier.recipes._parts.three_tasks import Pyramid, canvases
 from espalier.recipes.fbnetv5 import PLANS, Several
 from espalier.space import choice, ordinal
 from espalier.train import Recipe, Uniform, distributed

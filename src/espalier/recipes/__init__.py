@@ -43,7 +43,7 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """Every recipe's name; none of them is loaded. Modules with an underscore are what several share."""
+    """Every recipe's name; none of them is loaded. `_parts` is what they are made of."""
     found = (m.name for m in pkgutil.iter_modules(__path__))
     return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
 

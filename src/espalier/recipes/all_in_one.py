@@ -17,7 +17,7 @@ from espalier.compress.gating import unit_gates
 from espalier.costs import OnnxRuntime
 from espalier.export import to_onnx
 from espalier.recipes import Recipe
-from espalier.recipes._gated import BEDS, Bed, cuttable, evenly, macs, shown
+from espalier.recipes._parts.gated import BEDS, Bed, cuttable, evenly, macs, shown
 from espalier.solvers.prune import budgeted
 from espalier.solvers.prune.nested import nested
 from espalier.tasks import Task

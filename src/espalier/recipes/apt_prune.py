@@ -108,10 +108,10 @@ def _mean(values: list[float]) -> float:
 
 def stories(seed: int, out: Path | None) -> Subject:
     """The trained Llama of 260,032 weights; text from War and Peace, of which it has read nothing."""
-    from espalier.recipes import _stories
+    from espalier.recipes._parts import stories
 
-    text = _stories.read_text("text", "warandpeace", "warandpeace.txt.xz")
-    tokens = _stories.Tokens.read()
+    text = stories.read_text("text", "warandpeace", "warandpeace.txt.xz")
+    tokens = stories.Tokens.read()
     parts = {"calibration": text[100_000:1_100_000], "held out": text[1_200_000:1_300_000]}
     ids = {name: torch.tensor(tokens.encode(part)) for name, part in parts.items()}
     held = ids["held out"][: _HELD * _WINDOW].reshape(-1, _WINDOW)
@@ -128,20 +128,20 @@ def stories(seed: int, out: Path | None) -> Subject:
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), held[:, 1:].flatten())
         return float(loss) * held[:, 1:].numel() / size / math.log(2)
 
-    return Subject("llama-260k", _stories.model(), windows, bits)
+    return Subject("llama-260k", stories.model(), windows, bits)
 
 
 def byte_model(seed: int, out: Path | None) -> Subject:
     """The dense byte model that recipes on language models share; held-out text it has not seen."""
-    from espalier.recipes import _language
-    from espalier.recipes._sublayers import bits
+    from espalier.recipes._parts import language
+    from espalier.recipes._parts.sublayers import bits
 
-    model = _language.byte_model("dense", 0, out=out)
-    held = _language.windows("fresh", _HELD, 0, _WINDOW)
+    model = language.byte_model("dense", 0, out=out)
+    held = language.windows("fresh", _HELD, 0, _WINDOW)
     return Subject(
         "bytes-dense",
         model,
-        lambda draw: _language.windows("train", _WINDOWS, draw, _WINDOW),
+        lambda draw: language.windows("train", _WINDOWS, draw, _WINDOW),
         lambda network: bits(network, held),
         ("model.layers.*",),
     )
@@ -223,7 +223,7 @@ APT is lower than each of the others in 5 of 5 draws at both patterns: there the
 two to four times as long as SparseGPT's rule on these layers. Other orders of choosing were not tuned: 8
 rounds gave 3.76 and 16 gave 3.72 on one draw at 50%.
 
-The byte model (`recipes/_language.py`, 1,066,624 weights, text like what it was trained on) was looked at
+The byte model (`recipes/language.py`, 1,066,624 weights, text like what it was trained on) was looked at
 for one draw so far, which is no verdict: 1.668 bits per byte before pruning; at 2:4 magnitude
 2.116, Wanda 2.103, SparseGPT 1.765, APT 1.717; at 50% magnitude 1.773, Wanda 1.787, SparseGPT
 1.718, APT not run. APT took 19 s of one thread for it and SparseGPT's rule 3 s, so five draws of everything

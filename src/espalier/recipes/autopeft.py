@@ -18,7 +18,7 @@ from torch import nn
 from espalier.compress.language.adapters.decisions import PARTS, Adapters, BoundAdapters
 from espalier.problem import Limit, Metric, Metrics, Problem, Reading, front, hypervolume
 from espalier.recipes import Recipe
-from espalier.recipes._tuning import Tuning, bits, study
+from espalier.recipes._parts.tuning import Tuning, bits, study
 from espalier.solvers.strategies import make
 from espalier.space import Candidate, Space
 from espalier.study import Serial, Study, Trial

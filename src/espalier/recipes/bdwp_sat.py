@@ -14,7 +14,7 @@ from espalier.compress.two_way import TwoWay, plain, two_way
 from espalier.costs import layers
 from espalier.costs.systolic import DATAFLOWS, Array, Product, products
 from espalier.recipes import Recipe
-from espalier.recipes._small_cnn import SmallCNN, fresh
+from espalier.recipes._parts.small_cnn import SmallCNN, fresh
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train import evaluate, fit

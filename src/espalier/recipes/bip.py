@@ -14,8 +14,8 @@ from espalier import tasks
 from espalier.compress.gates import Gated
 from espalier.compress.gating import weight_gates
 from espalier.recipes import Recipe
-from espalier.recipes._gated import BEDS, Bed, best
-from espalier.recipes._small_cnn import fresh
+from espalier.recipes._parts.gated import BEDS, Bed, best
+from espalier.recipes._parts.small_cnn import fresh
 from espalier.solvers.prune import bip as search
 from espalier.solvers.prune import sparse_budget
 from espalier.tasks import Task

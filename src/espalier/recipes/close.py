@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._one_shot import PLANS, ahead, compared
+from espalier.recipes._parts.one_shot import PLANS, ahead, compared
 
 _RIVALS = {"over_full_sharing": "one_block", "over_own_operators": "uniform_longer"}
 

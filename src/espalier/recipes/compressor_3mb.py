@@ -14,9 +14,9 @@ from torch import Tensor
 
 from espalier.bench.criteria import kendall
 from espalier.recipes import Recipe
-from espalier.recipes._byte_pairs import encode, learn
-from espalier.recipes._compressor import GENES, Genetic, Rows, Students
-from espalier.recipes._modules import Labelled, Text, Windows, read
+from espalier.recipes._parts.byte_pairs import encode, learn
+from espalier.recipes._parts.compressor import GENES, Genetic, Rows, Students
+from espalier.recipes._parts.modules import Labelled, Text, Windows, read
 from espalier.tasks.task import Split
 from espalier.tasks.tensors import SPLITS
 from espalier.train.adamw import fit_adamw

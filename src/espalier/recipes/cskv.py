@@ -14,7 +14,17 @@ from espalier.compress.language.cache.low_rank import Seen, attentions, factors,
 from espalier.compress.language.cache.plan import Plan
 from espalier.compress.language.cache.policy import Policy
 from espalier.recipes import Recipe
-from espalier.recipes._cached import BOTH, MANY, SMALL, Subject, Texts, judged, means, read, wins
+from espalier.recipes._parts.cached import (
+    BOTH,
+    MANY,
+    SMALL,
+    Subject,
+    Texts,
+    judged,
+    means,
+    read,
+    wins,
+)
 
 SHARE = 0.25  # of the exact cache's bytes
 EVICTED: dict[str, Any] = {"sliding window": "recent", "H2O": "attention"}
@@ -170,7 +180,7 @@ the keys and values themselves: no pair of factors of this rank has a smaller sq
 calibration text, so this is where tuning without end would lead.
 
 Subjects: the byte model of six blocks, which hardly uses what lies far back, and a smaller one that has
-learned to copy strings that stood up to 480 bytes before (`recipes/_looking.py`).
+learned to copy strings that stood up to 480 bytes before (`recipes/_parts/looking.py`).
 
 Obtained here on the smaller one (three blocks, one draw, 512 tokens; 13 of 64 numbers of each, tuned in
 6 s on a busy machine, 4.2% of the steps of training):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, searched
+from espalier.recipes._parts.nb201 import ABOUT, DERIVED, SCALES, Method, compared, searched
 from espalier.solvers.relax import FirstOrder, SecondOrder, Softmax
 
 DARTS = Method(

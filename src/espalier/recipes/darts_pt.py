@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import (
+from espalier.recipes._parts.nb201 import (
     ABOUT,
     DERIVED,
     SCALES,

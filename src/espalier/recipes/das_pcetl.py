@@ -12,7 +12,7 @@ import numpy as np
 from espalier import tasks
 from espalier.errors import MissingExtra
 from espalier.recipes import Recipe
-from espalier.recipes._skipping import Bandit, Pixels, Scale, Searching, Tuned
+from espalier.recipes._parts.skipping import Bandit, Pixels, Scale, Searching, Tuned
 from espalier.tasks import Task
 from espalier.train.adamw import fit_adamw
 from espalier.train.seeds import global_seed

@@ -13,10 +13,10 @@ import numpy as np
 from espalier import tasks, train
 from espalier.nets.bottlenecks import Bottlenecks, Layout, network
 from espalier.recipes import Recipe
-from espalier.recipes import _deepmad as deepmad
-from espalier.recipes._deepmad import Wanted
-from espalier.recipes._deepmad_design import Design as Design
-from espalier.recipes._deepmad_design import design as design
+from espalier.recipes._parts.deepmad import entropy as deepmad
+from espalier.recipes._parts.deepmad.design import Design as Design
+from espalier.recipes._parts.deepmad.design import design as design
+from espalier.recipes._parts.deepmad.entropy import Wanted
 from espalier.tasks import Task
 from espalier.train.seeds import global_seed, mixed
 
@@ -96,7 +96,7 @@ def checked(designs: Mapping[str, Mapping[str, Any]], trained: Mapping[str, Any]
 
 def published(name: str, seconds: float, seed: int = 0) -> dict[str, Any]:
     """A design for one of the published budgets, with the numbers of both."""
-    from espalier.recipes._deepmad_program import design as solved
+    from espalier.recipes._parts.deepmad.program import design as solved
 
     wanted, score = PUBLISHED[name]
     begin, busy = time.perf_counter(), time.process_time()
@@ -118,7 +118,7 @@ def published(name: str, seconds: float, seed: int = 0) -> dict[str, Any]:
 
 
 def _trained(settings: Scale, seed: int) -> dict[str, Any]:
-    from espalier.recipes._deepmad_program import design as solved
+    from espalier.recipes._parts.deepmad.program import design as solved
 
     task, wanted = tasks.make(settings.task, seed), settings.wanted
     designs = {

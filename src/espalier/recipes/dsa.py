@@ -15,7 +15,7 @@ from espalier import tasks
 from espalier.compress import Pretrained
 from espalier.compress.gating import unit_gates
 from espalier.recipes import Recipe
-from espalier.recipes._gated import BEDS, Bed, best, cut, cuttable, evenly, l1, macs, shown
+from espalier.recipes._parts.gated import BEDS, Bed, best, cut, cuttable, evenly, l1, macs, shown
 from espalier.solvers.prune import Budget, budgeted
 from espalier.solvers.prune import dsa as search
 from espalier.space import Candidate

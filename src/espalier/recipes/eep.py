@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from espalier.compress.language.experts.routing import routing
-from espalier.recipes import Recipe, _language
-from espalier.recipes._expert_search import (
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
+from espalier.recipes._parts.expert_search import (
     Evolution,
     Genome,
     Mixtures,
@@ -45,7 +46,7 @@ class Scale:
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Searches, and compares with random choices, choices by the router, and no merging."""
     setting = _SCALES[scale]
-    model = _language.byte_model("experts", 0, setting.steps, out, **dict(setting.sizes))
+    model = language.byte_model("experts", 0, setting.steps, out, **dict(setting.sizes))
     runs = {
         "as trained" if k is None else f"{k} a token": compared(model, setting, seed, k)
         for k in setting.active
@@ -61,9 +62,9 @@ def compared(model: Any, setting: Scale, seed: int, active: int | None = None) -
     Selection and refits read training text only; held-out text is read at the end.
     """
     total = setting.prune + setting.merge
-    text = _language.windows("train", setting.small + setting.dev, seed)
+    text = language.windows("train", setting.small + setting.dev, seed)
     small, dev = text[: setting.small], text[setting.small :]
-    held = _language.windows("fresh", setting.held, 1000 + seed)
+    held = language.windows("fresh", setting.held, 1000 + seed)
     mixtures = Mixtures(model, setting.kept, small, active)
 
     def evolution(stream: int) -> Evolution:
@@ -134,8 +135,8 @@ _SCALES = {
     "smoke": Scale(
         5, 4, 6, 6, 2, 2, 4, (None, 1), (*_TINY, ("num_local_experts", 6)), Settings(starts=3)
     ),
-    "cpu": Scale(_language.STEPS, 4, 60, 60, 6, 8, 32, settings=Settings(starts=20)),
-    "gpu": Scale(5 * _language.STEPS, 4, 100, 400, 32, 64, 256, (None, 1)),
+    "cpu": Scale(language.STEPS, 4, 60, 60, 6, 8, 32, settings=Settings(starts=20)),
+    "gpu": Scale(5 * language.STEPS, 4, 100, 400, 32, 64, 256, (None, 1)),
 }
 RECIPE = Recipe(
     name="eep",

@@ -14,7 +14,7 @@ from espalier import tasks
 from espalier.costs import Counts, PredictedLatency
 from espalier.nets.metapath import MetaPath
 from espalier.recipes import Recipe
-from espalier.recipes._measured import (
+from espalier.recipes._parts.measured import (
     Clock,
     Counted,
     Processor,
@@ -24,7 +24,7 @@ from espalier.recipes._measured import (
     trained,
     widest,
 )
-from espalier.recipes._slimming import Milliseconds, Slimming, met
+from espalier.recipes._parts.slimming import Milliseconds, Slimming, met
 from espalier.solvers.relax import Gumbel, Settings, SingleLevel, relax
 from espalier.train import Recipe as Training
 from espalier.train.schedules import exponential

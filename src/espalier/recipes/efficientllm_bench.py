@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.language.evaluate import teacher_forced
-from espalier.recipes import Recipe, _language
-from espalier.recipes._techniques import Case, Scale, cases
-from espalier.recipes._tuning import memory_saved
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
+from espalier.recipes._parts.techniques import Case, Scale, cases
+from espalier.recipes._parts.tuning import memory_saved
 
 # metric -> whether more is better
 METRICS = {
@@ -43,7 +44,7 @@ def peak(repeats: int = 5) -> float:
 
 def measured(case: Case, setting: Scale, most: float, whole: float, seed: int) -> dict[str, Any]:
     """The six metrics of one technique, mean and 95% interval over repeats, and its loss."""
-    ids = _language.windows("fresh", setting.rows, seed, setting.context)
+    ids = language.windows("fresh", setting.rows, seed, setting.context)
     step, memory = _training(case, ids) if case.tunes else _decoding(case, ids)
     operations = _operations(case, ids)
     tokens = ids.numel()
@@ -58,7 +59,7 @@ def measured(case: Case, setting: Scale, most: float, whole: float, seed: int) -
     kept = _learned(case.model) if case.tunes else _bytes(case.model)
     if case.tunes:
         _tune(case.model, setting, seed)
-    rows = _language.windows("fresh", setting.rows, seed + 1, setting.context)
+    rows = language.windows("fresh", setting.rows, seed + 1, setting.context)
     return {
         "memory_bytes": memory(),
         "utilisation": operations / middle / most,
@@ -128,7 +129,7 @@ def _tune(model: Any, setting: Scale, seed: int) -> None:
     learned = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=1e-3)
     for i in range(setting.tuning):
-        x = _language.windows("train", setting.rows, 1000 * seed + i, setting.context)
+        x = language.windows("train", setting.rows, 1000 * seed + i, setting.context)
         optimiser.zero_grad(set_to_none=True)
         model(input_ids=x, labels=x).loss.backward()
         optimiser.step()
@@ -189,7 +190,7 @@ _SMALL = {
 _SCALES = {
     "smoke": Scale(_SMALL, 1, 1, 1, 24, 2, 2),
     "cpu": Scale({"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160}, 60, 60, 10, 64, 4, 10),
-    "gpu": Scale({}, _language.STEPS, _language.STEPS, 200, 256, 8, 30),
+    "gpu": Scale({}, language.STEPS, language.STEPS, 200, 256, 8, 30),
 }  # fmt: skip
 RECIPE = Recipe(
     name="efficientllm-bench",

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from espalier.compress.language.anatomy import Feed, anatomy
-from espalier.recipes import Recipe, _language
-from espalier.recipes._groups import Group, chosen, cut, operations, saliency, weights
-from espalier.recipes._tuning import Bytes, bits
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
+from espalier.recipes._parts.groups import Group, chosen, cut, operations, saliency, weights
+from espalier.recipes._parts.tuning import Bytes, bits
 from espalier.tasks.text import BYTES, TextTask, text
 from espalier.train.loop import Diverged
 from espalier.train.seeds import generator
@@ -132,8 +133,8 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Every arm to the same size with the same operations."""
     setting = _SCALES[scale]
     task = text(None, setting.context, setting.windows, setting.held, setting.held, seed)
-    small = _language.fresh_model("dense", seed, **setting.small)
-    large = _language.fresh_model("dense", seed, **setting.large)
+    small = language.fresh_model("dense", seed, **setting.small)
+    large = language.fresh_model("dense", seed, **setting.large)
     size, whole = weights(small), weights(large)
     total = setting.steps * operations(large, setting.batch * setting.context)
     rows = {}

@@ -17,8 +17,8 @@ from espalier import tasks
 from espalier.costs import OnnxRuntime, machine
 from espalier.costs.timing import clock
 from espalier.recipes import Recipe
-from espalier.recipes._measured import sample, trained
-from espalier.recipes._sparse import KERNELS, Engine, Gradual, Matrix, block_mask, network
+from espalier.recipes._parts.measured import sample, trained
+from espalier.recipes._parts.sparse import KERNELS, Engine, Gradual, Matrix, block_mask, network
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train.loop import steps_of

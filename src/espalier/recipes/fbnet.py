@@ -13,7 +13,16 @@ from espalier import tasks
 from espalier.costs import OnnxRuntime
 from espalier.nets.multipath import MultiPath
 from espalier.recipes import Recipe
-from espalier.recipes._mobile import SMALL, Alone, Counted, Device, Processor, Wide, even, multipath
+from espalier.recipes._parts.mobile import (
+    SMALL,
+    Alone,
+    Counted,
+    Device,
+    Processor,
+    Wide,
+    even,
+    multipath,
+)
 from espalier.solvers.relax import (
     ExpectedCost,
     Gumbel,

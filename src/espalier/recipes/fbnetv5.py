@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier import train
 from espalier.recipes import Recipe
-from espalier.recipes._three_tasks import NAMES, Canvas, Pyramid, canvases
+from espalier.recipes._parts.three_tasks import NAMES, Canvas, Pyramid, canvases
 from espalier.space import Candidate, Space
 from espalier.train import Recipe as Training
 from espalier.train import distributed

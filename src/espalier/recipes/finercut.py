@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from espalier.recipes import Recipe, _language
-from espalier.recipes._sublayers import (
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
+from espalier.recipes._parts.sublayers import (
     Resumed,
     Unit,
     bits,
@@ -33,21 +34,21 @@ class Scale:
     windows: int = 10
     held: int = 16
     remove: int = 3
-    steps: int = _language.STEPS
-    context: int = _language.CONTEXT
+    steps: int = language.STEPS
+    context: int = language.CONTEXT
     sizes: dict[str, int] = field(default_factory=dict)
 
 
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Removes sub-layers by each rule and draw, and reads held-out text; every set is read, too."""
     setting = _SCALES[scale]
-    model = _language.byte_model("dense", 0, setting.steps, out, **setting.sizes)
-    held = _language.windows("fresh", setting.held, 0, setting.context)
+    model = language.byte_model("dense", 0, setting.steps, out, **setting.sizes)
+    held = language.windows("fresh", setting.held, 0, setting.context)
     every = exhaustive(model, held, setting.remove)
     draws = []
     for draw in range(setting.draws):
         number = setting.draws * seed + draw
-        ids = _language.windows("train", setting.windows, number, setting.context)
+        ids = language.windows("train", setting.windows, number, setting.context)
         draws.append(compared(model, ids, held, setting.remove))
     best = min(every.values())
     return {
@@ -246,7 +247,7 @@ layer that differs, on kept inputs of that layer. Where units differ in size the
 counted a weight. The divergence is Jensen and Shannon's; the paper compares several.
 
 The model is trained here: 1,066,624 weights, six blocks, bytes of the standard library's source
-(`recipes/_language.py`). Windows are from text it was trained on, held-out text is not.
+(`recipes/language.py`). Windows are from text it was trained on, held-out text is not.
 
 Obtained here by `espalier recipe run finercut --scale cpu --seed 0` (10 windows of 256 bytes, five
 draws; 16 windows of held-out text; mean bits per byte, 1.642 with all 12; a greedy search of 36

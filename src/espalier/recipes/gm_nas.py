@@ -10,7 +10,7 @@ import numpy as np
 
 from espalier.nets.nb201 import OPERATORS
 from espalier.recipes import Recipe
-from espalier.recipes._one_shot import PLANS, ahead, compared
+from espalier.recipes._parts.one_shot import PLANS, ahead, compared
 
 _PASSES = 2500  # at the cpu scale: operators of each edge's own are slow to learn
 _CONVOLUTIONS = tuple(i for i, name in enumerate(OPERATORS) if "conv" in name)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from espalier.compress.language.adapters.decisions import Adapters
 from espalier.compress.language.anatomy import anatomy
 from espalier.recipes import Recipe
-from espalier.recipes._tuning import Bytes, Tuning, bits, memory_saved
+from espalier.recipes._parts.tuning import Bytes, Tuning, bits, memory_saved
 from espalier.tasks.text import BYTES, TextTask
 from espalier.train.evaluate import evaluating
 from espalier.train.seeds import generator, global_seed

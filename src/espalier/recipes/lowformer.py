@@ -16,7 +16,7 @@ from torch.nn import functional
 from espalier import tasks
 from espalier.costs import OnnxRuntime
 from espalier.recipes import Recipe
-from espalier.recipes._measured import (
+from espalier.recipes._parts.measured import (
     Clock,
     Counted,
     Processor,

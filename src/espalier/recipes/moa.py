@@ -20,7 +20,17 @@ from espalier.compress.language.cache.spans import release
 from espalier.errors import BudgetError
 from espalier.problem import Limit
 from espalier.recipes import Recipe
-from espalier.recipes._cached import BOTH, MANY, SMALL, Subject, Texts, judged, means, read, wins
+from espalier.recipes._parts.cached import (
+    BOTH,
+    MANY,
+    SMALL,
+    Subject,
+    Texts,
+    judged,
+    means,
+    read,
+    wins,
+)
 from espalier.solvers.allocate import Factor, Program
 from espalier.space import Space, ordinal
 
@@ -252,7 +262,7 @@ both labelled by the model's own likeliest bytes; the program is CP-SAT's. The c
 need and nothing else: tokens that no head of a group will see again are dropped in decoding.
 
 Subjects: the byte model of six blocks, which hardly uses what lies far back, and a smaller one that has
-learned to copy strings that stood up to 480 bytes before (`recipes/_looking.py`).
+learned to copy strings that stood up to 480 bytes before (`recipes/_parts/looking.py`).
 
 Obtained here on the smaller one (three blocks of two groups of heads, three draws, means; profiled at 128 and
 256 tokens, plans chosen at 384, limit of the mean span 50%):

@@ -15,7 +15,7 @@ from espalier.compress import Pretrained
 from espalier.compress.gates import Gated
 from espalier.compress.masks import Place
 from espalier.recipes import Recipe
-from espalier.recipes._gated import BEDS, Bed, best, cuttable, evenly, l1, macs, shown
+from espalier.recipes._parts.gated import BEDS, Bed, best, cuttable, evenly, l1, macs, shown
 from espalier.solvers.prune import Budget, budgeted
 from espalier.solvers.prune import pas as search
 from espalier.space import Candidate

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
-from espalier.recipes._nb201_steps import bytes_kept, step_seconds
+from espalier.recipes._parts.nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
+from espalier.recipes._parts.nb201_steps import bytes_kept, step_seconds
 from espalier.recipes.darts import DARTS
 from espalier.solvers.relax import EdgeNormalised, FirstOrder, Settings
 

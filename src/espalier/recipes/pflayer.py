@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from espalier import tasks
 from espalier.recipes import Recipe
-from espalier.recipes._measured import (
+from espalier.recipes._parts.measured import (
     Clock,
     Counted,
     Processor,

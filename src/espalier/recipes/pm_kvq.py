@@ -14,7 +14,17 @@ from espalier.compress.language.cache.policy import Policy
 from espalier.compress.language.cache.sensitivity import Taken, bits_harm, cache_slopes
 from espalier.problem import Limit
 from espalier.recipes import Recipe
-from espalier.recipes._cached import BOTH, MANY, SMALL, Subject, Texts, judged, means, read, wins
+from espalier.recipes._parts.cached import (
+    BOTH,
+    MANY,
+    SMALL,
+    Subject,
+    Texts,
+    judged,
+    means,
+    read,
+    wins,
+)
 from espalier.solvers.allocate import Factor, Program
 from espalier.space import Space, ordinal
 
@@ -161,7 +171,7 @@ one. Beyond the paper, "with 3 bits" lets the program choose 3 bits too, and "gr
 cache that begins at 16 bits.
 
 Subjects: the byte model of six blocks, which hardly uses what lies far back, and a smaller one that has
-learned to copy strings that stood up to 480 bytes before (`recipes/_looking.py`).
+learned to copy strings that stood up to 480 bytes before (`recipes/_parts/looking.py`).
 
 Obtained here on the smaller one (three blocks, three draws, 512 tokens, means; the cache of 16 bits has
 392,448 bytes, the budget is 135,168):

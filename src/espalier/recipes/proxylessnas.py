@@ -12,8 +12,8 @@ import torch
 from espalier import tasks
 from espalier.costs import OnnxRuntime
 from espalier.recipes import Recipe
-from espalier.recipes._mobile import SMALL, Alone, Counted, Device, Processor, even, multipath
-from espalier.recipes._nb201_steps import saved_bytes
+from espalier.recipes._parts.mobile import SMALL, Alone, Counted, Device, Processor, even, multipath
+from espalier.recipes._parts.nb201_steps import saved_bytes
 from espalier.solvers.relax import BinaryGates, ExpectedCost, Moment, Settings, Softmax, relax
 from espalier.solvers.relax.expected import Expected
 from espalier.space import Candidate

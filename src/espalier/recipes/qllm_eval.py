@@ -19,7 +19,8 @@ from espalier.compress.language.cache.bits import Rounded
 from espalier.compress.language.evaluate import teacher_forced
 from espalier.compress.language.weights.bits import WeightBits
 from espalier.compress.language.weights.places import places
-from espalier.recipes import Recipe, _language
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
 
 BITS = (8, 4, 3, 2)
 TENSORS = ("W", "A", "KV")
@@ -180,21 +181,21 @@ def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
 class Bytes:
     """A byte model: held-out source and tables to look up."""
 
-    kind: _language.Kind
-    steps: int = _language.STEPS
+    kind: language.Kind
+    steps: int = language.STEPS
     sizes: tuple[tuple[str, int], ...] = ()
     windows: int = 32
-    context: int = _language.CONTEXT
+    context: int = language.CONTEXT
 
     def __call__(self, seed: int, out: Path | None) -> Subject:
-        model = _language.byte_model(self.kind, 0, self.steps, out, **dict(self.sizes))
-        draw = partial(_language.windows, count=self.windows, context=self.context)
+        model = language.byte_model(self.kind, 0, self.steps, out, **dict(self.sizes))
+        draw = partial(language.windows, count=self.windows, context=self.context)
         return Subject(
             f"bytes, {self.kind}",
             model,
             draw("train", seed=seed),
             draw("fresh", seed=seed),
-            _language.lookups(self.windows, seed, self.context),
+            language.lookups(self.windows, seed, self.context),
         )
 
 
@@ -206,11 +207,11 @@ class Stories:
     context: int = 256
 
     def __call__(self, seed: int, out: Path | None) -> Subject:
-        from espalier.recipes import _stories
-        from espalier.recipes._stories_folder import stories_model
+        from espalier.recipes._parts import stories
+        from espalier.recipes._parts.stories_folder import stories_model
 
-        text = _stories.read_text("text", "warandpeace", "warandpeace.txt.xz")
-        ids = torch.tensor(_stories.Tokens.read().encode(text[100_000:700_000]))
+        text = stories.read_text("text", "warandpeace", "warandpeace.txt.xz")
+        ids = torch.tensor(stories.Tokens.read().encode(text[100_000:700_000]))
         rows = ids[: len(ids) // self.context * self.context].reshape(-1, self.context)
         drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
         parts = drawn[: self.windows], drawn[self.windows : 2 * self.windows]

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 
 from espalier.compress.language.anatomy import anatomy
 from espalier.compress.language.weights.places import EXPERTS, Place, places, treat_in_turn
-from espalier.recipes import Recipe, _language
-from espalier.recipes._ternary import (
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
+from espalier.recipes._parts.ternary import (
     Ternary,
     Words,
     decode,
@@ -45,9 +46,9 @@ class Scale:
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Rounds all experts both ways, reads held-out text, codes and decodes the weights."""
     setting = _SCALES[scale]
-    model = _language.byte_model("experts", 0, setting.steps, out, **dict(setting.sizes))
-    calibration = _language.windows("train", setting.windows, seed)
-    held = _language.windows("fresh", setting.held, 1000 + seed)
+    model = language.byte_model("experts", 0, setting.steps, out, **dict(setting.sizes))
+    calibration = language.windows("train", setting.windows, seed)
+    held = language.windows("fresh", setting.held, 1000 + seed)
     original = bits_per_byte(model, held)
     found = {str(n): _both(model, setting, n, calibration, held) for n in setting.rows}
     check = verdict(original, found[str(setting.rows[0])])
@@ -161,8 +162,8 @@ def verdict(original: float, found: dict[str, Any]) -> dict[str, Any]:
 _TINY = (("hidden_size", 32), ("intermediate_size", 24), ("num_hidden_layers", 2))
 _SCALES = {
     "smoke": Scale(5, 8, 4, 12, sizes=_TINY),
-    "cpu": Scale(_language.STEPS, 64, 64),
-    "gpu": Scale(5 * _language.STEPS, 512, 256),
+    "cpu": Scale(language.STEPS, 64, 64),
+    "gpu": Scale(5 * language.STEPS, 512, 256),
 }
 RECIPE = Recipe(
     name="qmoe",

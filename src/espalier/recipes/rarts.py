@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
+from espalier.recipes._parts.nb201 import ABOUT, DERIVED, SCALES, Method, compared, lower, searched
 from espalier.recipes.darts import DARTS
 from espalier.solvers.relax import FirstOrder, Rarts, Softmax
 from espalier.solvers.relax.problem import Part, Wanted

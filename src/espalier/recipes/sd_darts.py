@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.recipes import Recipe
-from espalier.recipes._nb201 import ABOUT, SCALES, Method, compared, lower, searched
+from espalier.recipes._parts.nb201 import ABOUT, SCALES, Method, compared, lower, searched
 from espalier.recipes.darts import DARTS
 from espalier.solvers.relax import SelfDistillation
 

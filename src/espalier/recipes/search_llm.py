@@ -18,8 +18,9 @@ from espalier.compress.language.family import Language
 from espalier.compress.language.importance import scores
 from espalier.compress.language.shape.structure import Heads, Units
 from espalier.costs.language import LanguageCounts
-from espalier.recipes import Recipe, _language
-from espalier.recipes._slicing import (
+from espalier.recipes import Recipe
+from espalier.recipes._parts import language
+from espalier.recipes._parts.slicing import (
     Reformation,
     compensate,
     flap,
@@ -30,7 +31,7 @@ from espalier.recipes._slicing import (
     seen,
     sliced,
 )
-from espalier.recipes._sublayers import bits, loss
+from espalier.recipes._parts.sublayers import bits, loss
 from espalier.solvers.strategies.loop import EvolutionLoop
 from espalier.solvers.strategies.population import Population
 from espalier.solvers.strategies.slots import Best, Init, Select, Tournament, Vary
@@ -53,17 +54,17 @@ class Scale:
     starts: int = 5  # of slices
     heads: tuple[float, ...] = tuple(2.0**k for k in range(-3, 5))  # FLAP's, against units
     fewer: tuple[float, ...] = (0.2, 0.4)
-    steps: int = _language.STEPS
-    context: int = _language.CONTEXT
+    steps: int = language.STEPS
+    context: int = language.CONTEXT
     sizes: dict[str, int] = field(default_factory=dict)
 
 
 def run(scale: str, seed: int, out: Path | None) -> dict[str, Any]:
     """Searches at each size, beside uniform slices, FLAP's and random ones; then reforms all."""
     setting = _SCALES[scale]
-    model = _language.byte_model("dense", 0, setting.steps, out, **setting.sizes)
-    ids = _language.windows("train", setting.windows, seed, setting.context)
-    held = _language.windows("fresh", setting.held, 0, setting.context)
+    model = language.byte_model("dense", 0, setting.steps, out, **setting.sizes)
+    ids = language.windows("train", setting.windows, seed, setting.context)
+    held = language.windows("fresh", setting.held, 0, setting.context)
     job = Job(model, ids, setting)
     sizes = {}
     for fewer in setting.fewer:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from espalier.recipes import Recipe
-from espalier.recipes._hierarchical import LARGE, TINY, Nets, Sizes, device_for
+from espalier.recipes._parts.hierarchical import LARGE, TINY, Nets, Sizes, device_for
 
 if TYPE_CHECKING:
     from espalier.nets import Supernet

@@ -15,7 +15,7 @@ from espalier.costs import OnnxRuntime
 from espalier.nets.multipath import MultiPath
 from espalier.nets.superkernel import Superkernel
 from espalier.recipes import Recipe
-from espalier.recipes._mobile import SMALL, Alone, Counted, Device, Processor
+from espalier.recipes._parts.mobile import SMALL, Alone, Counted, Device, Processor
 from espalier.solvers.relax import ExpectedCost, Settings, SingleLevel, Thresholds, relax
 from espalier.solvers.relax.expected import Expected
 from espalier.space import Candidate

@@ -21,7 +21,7 @@ from espalier.costs.session import bind, open_session
 from espalier.costs.timing import clock
 from espalier.export import deployed, export, to_onnx
 from espalier.recipes import Recipe
-from espalier.recipes._small_cnn import trained
+from espalier.recipes._parts.small_cnn import trained
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train.evaluate import calibration

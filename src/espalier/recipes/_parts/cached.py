@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from espalier.compress.language.evaluate import MakeCache, Score, scored
-from espalier.recipes import _language, _looking
+from espalier.recipes._parts import language, looking
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,25 @@ class Subject:
     @property
     def trained(self) -> int:
         """Steps that the model is trained for."""
-        return self.steps or (_language.STEPS if self.name == "bytes" else _looking.STEPS)
+        return self.steps or (language.STEPS if self.name == "bytes" else looking.STEPS)
 
     def model(self, out: Path | None) -> Any:
         """The model, the same for every seed."""
         if self.name == "bytes":
-            return _language.byte_model("dense", 0, self.trained, out, **self.sizes)
-        return _looking.looking_model(out, self.trained, 0, **self.sizes)
+            return language.byte_model("dense", 0, self.trained, out, **self.sizes)
+        return looking.looking_model(out, self.trained, 0, **self.sizes)
 
     def asked(self, draw: int, length: int) -> tuple[Tensor, Tensor]:
         """Windows whose marked tokens only what stands far before tells."""
-        make = _language.lookups if self.name == "bytes" else _looking.copies
+        make = language.lookups if self.name == "bytes" else looking.copies
         return make(self.tables, draw, length)
 
     def texts(self, draw: int, length: int = 0, short: int = 0) -> Texts:
         """Windows of a draw; calibration ones of `short` tokens where that is given."""
         size = length or self.length
         return Texts(
-            _language.windows("train", self.calibration, draw, short or size),
-            _language.windows("fresh", self.held, draw, size),
+            language.windows("train", self.calibration, draw, short or size),
+            language.windows("fresh", self.held, draw, size),
             *self.asked(1000 + draw, size),
         )
 

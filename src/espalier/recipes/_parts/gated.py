@@ -14,7 +14,7 @@ from espalier.compress import Pretrained, Widths
 from espalier.compress.gates import Gated
 from espalier.compress.importance import by_unit
 from espalier.costs import count
-from espalier.recipes._small_cnn import trained
+from espalier.recipes._parts.small_cnn import trained
 from espalier.solvers.prune import Budget, TopUnits
 from espalier.solvers.prune.methods import SETTINGS
 from espalier.solvers.relax import Settings

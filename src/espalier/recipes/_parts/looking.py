@@ -1,6 +1,6 @@
 """A small byte model that looks back: it has learned to go on with what stood far before.
 
-The byte models of `_language` read the standard library's source with little use of what lies more
+The byte models of `language` read the standard library's source with little use of what lies more
 than some tens of bytes back, so that a cache can lose almost everything unseen. This one is smaller,
 and half of what it learns from is copies: strings of letters that come again.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.recipes import _language
+from espalier.recipes._parts import language
 from espalier.train.seeds import global_seed, mixed
 
 STEPS = 2400
@@ -39,7 +39,7 @@ def copies(count: int, seed: int, context: int) -> tuple[Tensor, Tensor]:
     """Source with a string of letters in its first half that comes again in its second:
     bytes `(count, context)`, and which of them the first string tells, bool."""
     rng = np.random.default_rng([seed, 0xC0B1])
-    rows = _language.windows("train", count, mixed(seed, 1), context).numpy().copy()
+    rows = language.windows("train", count, mixed(seed, 1), context).numpy().copy()
     told = np.zeros((count, context), dtype=bool)
     half, length = context // 2, min(_LENGTH, context // 4)
     for row, mask in zip(rows, told, strict=True):
@@ -67,7 +67,7 @@ def looking_model(out: Path | None, steps: int = STEPS, seed: int = 0, **sizes: 
 
     Training that was stopped goes on from its last 50 steps, with a new optimiser.
     """
-    transformers = _language._transformers()
+    transformers = language._transformers()
     if out is None:
         return _trained(None, steps, seed, sizes)
     name = "-".join(["looking", *(f"{k}{v}" for k, v in sorted(sizes.items()))])
@@ -83,7 +83,7 @@ def looking_model(out: Path | None, steps: int = STEPS, seed: int = 0, **sizes: 
 
 
 def _trained(part: Path | None, steps: int, seed: int, sizes: dict[str, int]) -> Any:
-    model, first = _language.fresh_model("dense", seed, **{**_SIZES, **sizes}), 0
+    model, first = language.fresh_model("dense", seed, **{**_SIZES, **sizes}), 0
     if part is not None and (part / "at.json").exists():
         model = type(model).from_pretrained(part)
         first = int(json.loads((part / "at.json").read_text())["step"])
@@ -114,12 +114,12 @@ def _batch(seed: int, context: int) -> Tensor:
     """A quarter source; strings that only repeat; a quarter copies in source (or both in turn)."""
     rows = _TOKENS // context
     if rows < 4:
-        plain = _language.windows("train", 1, seed, context)
+        plain = language.windows("train", 1, seed, context)
         make = seed % 2
         return torch.cat(
             [plain, repeats(1, seed, context) if make else copies(1, seed, context)[0]]
         )
     each = rows // 4
-    plain = _language.windows("train", each, seed, context)
+    plain = language.windows("train", each, seed, context)
     again = copies(each, seed, context)[0]
     return torch.cat([plain, again, repeats(rows - 2 * each, seed, context)])

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 
-from espalier.recipes import _deepmad as deepmad
-from espalier.recipes._deepmad import Wanted
+from espalier.recipes._parts.deepmad import entropy as deepmad
+from espalier.recipes._parts.deepmad.entropy import Wanted
 
 Choices = Mapping[str, int]
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from espalier.errors import BudgetError, EspalierError
 from espalier.nets.bottlenecks import Layout, network
-from espalier.recipes import _deepmad as deepmad
-from espalier.recipes._deepmad import Wanted
-from espalier.recipes._deepmad_near import eight
-from espalier.recipes._deepmad_polish import fits
+from espalier.recipes._parts.deepmad import entropy as deepmad
+from espalier.recipes._parts.deepmad.entropy import Wanted
+from espalier.recipes._parts.deepmad.near import eight
+from espalier.recipes._parts.deepmad.polish import fits
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def design(
     Errors: `BudgetError` where a limit can't be kept, or no design that keeps all is found;
     `EspalierError` where something else makes no sense; `MissingExtra` without OR-Tools.
     """
-    from espalier.recipes._deepmad_program import design as solved
+    from espalier.recipes._parts.deepmad.program import design as solved
 
     begin = time.perf_counter()
     wanted = _wanted(shape, classes, macs, params, effectiveness, layout or Layout(), kernels)

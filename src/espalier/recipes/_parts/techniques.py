@@ -19,7 +19,7 @@ from espalier.compress.language.cache.plan import Plan
 from espalier.compress.language.cache.policy import Policy
 from espalier.compress.language.weights.places import places
 from espalier.compress.language.weights.rounding import nearest
-from espalier.recipes import _language
+from espalier.recipes._parts import language
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def packed(model: Any, bits: int) -> Any:
 
 def cases(setting: Scale, out: Path | None, seed: int) -> dict[str, Callable[[], Case]]:
     """Every technique by name; a model is made when its technique's turn comes."""
-    base = _language.byte_model("dense", 0, setting.base_steps, out, **setting.sizes)
+    base = language.byte_model("dense", 0, setting.base_steps, out, **setting.sizes)
 
-    def architecture(kind: _language.Kind, **more: int) -> Case:
-        model = _language.byte_model(kind, seed, setting.steps, out, **{**setting.sizes, **more})
+    def architecture(kind: language.Kind, **more: int) -> Case:
+        model = language.byte_model(kind, seed, setting.steps, out, **{**setting.sizes, **more})
         return Case(model, "architecture")
 
     def tuned(choices: Mapping[str, Any], kinds: Sequence[str] = ("lora",)) -> Case:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from espalier.errors import MissingExtra
-from espalier.recipes import _stories
+from espalier.recipes._parts import stories
 
 _MARKS = ("<unk>", "<s>", "</s>")
 _SPACE = "\u2581"
@@ -44,7 +44,7 @@ def stories_folder(out: str | Path) -> Path:
 def stories_model() -> Any:
     """The model as `LlamaForCausalLM`, float32, ready to run."""
     transformers = _transformers()
-    source = _stories.model()
+    source = stories.model()
     sizes = source.sizes
     config = transformers.LlamaConfig(
         vocab_size=sizes.vocabulary,
@@ -81,16 +81,16 @@ def _halves(weight: Tensor, head: int) -> Tensor:
 
 
 def stories_tokenizer() -> Any:
-    """Its byte pairs as a `transformers` tokenizer: the same tokens as `_stories.Tokens` gives."""
+    """Its byte pairs as a `transformers` tokenizer: the same tokens as `stories.Tokens` gives."""
     transformers = _transformers()
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pieces = _stories.Tokens.read().pieces
+    pieces = stories.Tokens.read().pieces
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     # every way to put a piece together has the piece's rank
     merges = [
         (piece[:at], piece[at:])
-        for piece in pieces[_stories.FIRST_MERGE :]
+        for piece in pieces[stories.FIRST_MERGE :]
         for at in range(1, len(piece))
         if piece[:at] in vocabulary and piece[at:] in vocabulary
     ]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from espalier.errors import BudgetError, EspalierError, MissingExtra
-from espalier.recipes import _deepmad as deepmad
-from espalier.recipes._deepmad import Wanted
-from espalier.recipes._deepmad_near import Near, eight
-from espalier.recipes._deepmad_polish import polished
+from espalier.recipes._parts.deepmad import entropy as deepmad
+from espalier.recipes._parts.deepmad.entropy import Wanted
+from espalier.recipes._parts.deepmad.near import Near, eight
+from espalier.recipes._parts.deepmad.polish import polished
 from espalier.solvers.allocate import Program
 
 Choices = Mapping[str, Any]

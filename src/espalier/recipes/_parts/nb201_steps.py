@@ -14,7 +14,7 @@ from espalier.train.loop import channels_last
 from espalier.train.seeds import generator
 
 if TYPE_CHECKING:
-    from espalier.recipes._nb201 import Method, Setting
+    from espalier.recipes._parts.nb201 import Method, Setting
 
 _BATCH = 1  # purpose of a random stream
 

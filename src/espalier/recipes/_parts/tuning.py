@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.recipes import _language, _stories
+from espalier.recipes._parts import language, stories
 from espalier.study import Study
 from espalier.study.schema import NAME
 from espalier.tasks.text import TextTask, text
@@ -35,13 +35,11 @@ class Bytes(nn.Module):
 
 # Texts to tune to: three under ESPALIER_DATA, two made of the source that nothing was trained on.
 DOMAINS: dict[str, Callable[[], bytes]] = {
-    "shakespeare": lambda: _stories.read_text("text", "tinyshakespeare", "input.txt.xz").encode(),
-    "war and peace": lambda: _stories.read_text(
+    "shakespeare": lambda: stories.read_text("text", "tinyshakespeare", "input.txt.xz").encode(),
+    "war and peace": lambda: stories.read_text(
         "text", "warandpeace", "warandpeace.txt.xz"
     ).encode(),
-    "wikipedia": lambda: _stories.read_text(
-        "text", "wikitext2_valid_test", "valid.txt.xz"
-    ).encode(),
+    "wikipedia": lambda: stories.read_text("text", "wikitext2_valid_test", "valid.txt.xz").encode(),
     "rot13": lambda: codecs.encode(_fresh(), "rot13").encode(),
     "swapped case": lambda: _fresh().swapcase().encode(),
 }
@@ -57,7 +55,7 @@ class Tuning:
 
     domains: tuple[str, ...]
     base: Mapping[str, int] = field(default_factory=dict)
-    base_steps: int = _language.STEPS
+    base_steps: int = language.STEPS
     steps: int = 10
     batch: int = 8
     context: int = 64
@@ -67,7 +65,7 @@ class Tuning:
 
     def model(self, out: Path | None) -> Any:
         """The byte model that is tuned, the same for every seed."""
-        return _language.byte_model("dense", 0, self.base_steps, out, **self.base)
+        return language.byte_model("dense", 0, self.base_steps, out, **self.base)
 
     def task(self, domain: str, seed: int) -> TextTask:
         """Windows of a text; the split is drawn by the seed."""
@@ -110,4 +108,4 @@ def memory_saved(run: Callable[[], Tensor], held: Sequence[Tensor]) -> int:
 
 
 def _fresh() -> str:
-    return _language.byte_text("fresh").decode("latin-1")
+    return language.byte_text("fresh").decode("latin-1")

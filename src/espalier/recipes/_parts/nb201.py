@@ -22,7 +22,7 @@ from espalier import tasks
 from espalier.errors import DataError
 from espalier.nets.nb201 import NB201, SPACE
 from espalier.nets.nb201_supernet import NB201Supernet
-from espalier.recipes._nb201_steps import bytes_kept
+from espalier.recipes._parts.nb201_steps import bytes_kept
 from espalier.solvers.relax import Magnitude, Relaxed, Settings, relax
 from espalier.space import Candidate
 from espalier.tasks import Task

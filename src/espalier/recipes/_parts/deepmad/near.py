@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espalier.problem import Limit
-from espalier.recipes import _deepmad as deepmad
-from espalier.recipes._deepmad import Wanted
+from espalier.recipes._parts.deepmad import entropy as deepmad
+from espalier.recipes._parts.deepmad.entropy import Wanted
 from espalier.solvers.allocate import Factor
 from espalier.space import Candidate, Constraint, Linear, Space, integer, ordinal
 
