@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -76,6 +77,29 @@ def language_cuts(
         got = f"{twice} twice" if twice else "none"
         raise EspalierError(f"a shrink needs kinds of decision, each once, got {got}")
     return tuple(out)
+
+
+def further(
+    cuts: Sequence[Cut], anatomy: Anatomy, length: int, grouped: bool
+) -> tuple[list[str], list[Cut]]:
+    """Names of kinds beside these cuts that could make a model smaller, and cuts of all together."""
+    here = {cut.kind for cut in cuts}
+    alike = {"sublayer", "block"}
+    names, wide = [], [cut for cut in cuts if cut.kind != "bits"]
+    for name in NAMES:
+        if name in ("bits", *_INSTEAD) and name != "tables":
+            continue  # sizes are those of the plainer or the wider kind
+        made = _made(name, length)
+        given: Any = next((cut for cut in cuts if cut.kind == made.kind), None)
+        if name == "tables":
+            names += [] if getattr(given, "tables", False) else [name]
+            wide.append(made if given is None else replace(given, tables=True))
+        elif given is None and not (made.kind in alike and here & alike):
+            names.append(name)
+            wide.append(made)
+    mixed = any(isinstance(layer.feed, Experts) for layer in anatomy.layers)
+    gone = (() if mixed else ("experts", "active")) + (("sublayers",) if grouped else ())
+    return [n for n in names if n not in gone], wide
 
 
 def name_of(cut: Cut, length: int) -> str:

@@ -148,39 +148,92 @@ def fitted(job: LanguageJob, solve: Solve) -> Candidate:
     job.bounds = tuple(job.limits)
     if not limits:
         return solve(job.limits)
+    looks = {x.metric: _Looks(x) for x in limits}
+    seen: set[Candidate] = set()
+
+    def look(candidate: Candidate) -> float:
+        """The largest share of a limit that a candidate takes, as measured."""
+        found, price = measured(job, candidate), job.price(candidate)
+        for metric, own in looks.items():
+            own.add(price[metric].value, found[metric].value)
+        note(job, candidate, found, limits) if candidate not in seen else None
+        seen.add(candidate)
+        return max(found[x.metric].value / x.bound for x in limits)
+
     predicted = job.price(job.family.original)
-    factor = {
-        x.metric: predicted[x.metric].value / job.original.metrics[x.metric].value for x in limits
-    }
+    for metric, own in looks.items():
+        own.add(predicted[metric].value, job.original.metrics[metric].value)
     kept: tuple[Candidate, tuple[Limit, ...]] | None = None
-    last = ""
+    closest, last = 0.0, ""
     for _ in range(_ROUNDS):
         bounds = tuple(
-            replace(x, bound=x.bound * _AIM * factor[x.metric]) if x.metric in factor else x
+            replace(x, bound=looks[x.metric].bound()) if x.metric in looks else x
             for x in job.limits
         )
         try:
             candidate = solve(bounds)
         except BudgetError as error:
-            last = str(error)
-            break
-        found = measured(job, candidate)
-        shares = {x.metric: found[x.metric].value / x.bound for x in limits}
-        note(job, candidate, found, limits)
-        last = ", ".join(f"{x.metric} {found[x.metric].value:.4g} of {x.bound:.4g}" for x in limits)
-        if all(share <= 1 for share in shares.values()):
-            kept = candidate, bounds
-            if max(shares.values()) >= _CLOSE or candidate == job.family.original:
+            last = last or str(error)
+            smallest = job.smallest()
+            if kept is not None or smallest in seen:
                 break
-        for metric, share in shares.items():
-            factor[metric] /= share if share > 1 or kept else share**0.5
+            look(smallest)  # the prediction may be too dark
+            last = ", ".join(own.told() for own in looks.values())
+            continue
+        again = candidate in seen
+        share = look(candidate)
+        last = ", ".join(own.told() for own in looks.values())
+        if share <= 1 and share >= closest:
+            kept, closest = (candidate, bounds), share
+        if kept is not None and (again or _CLOSE <= share <= 1 or candidate == job.family.original):
+            break
     if kept is None:
         raise BudgetError(
             f"no shrunk {job.family.name} keeps {', '.join(map(str, job.limits))} as measured: {last}; "
-            "raise the limit or allow more decisions"
+            f"raise the limit{_faster(job)}"
         )
     candidate, job.bounds = kept
     return candidate
+
+
+class _Looks:
+    """What a time was predicted to be and measured to be, and the predicted time that the limit on
+    the measured one stands for."""
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self._rows: list[tuple[float, float]] = []
+
+    def add(self, predicted: float, measured: float) -> None:
+        """One candidate."""
+        self._rows.append((predicted, measured))
+
+    def bound(self) -> float:
+        """Between the slowest that kept the limit and the fastest that did not, on the line
+        between them; in proportion to the last one where all were on one side of it."""
+        goal, most = _AIM * self.limit.bound, self.limit.bound
+        below = max((row for row in self._rows if row[1] <= most), default=None)
+        above = min(
+            (r for r in self._rows if r[1] > most and (below is None or r[0] > below[0])),
+            default=None,
+        )
+        if below is None or above is None:
+            predicted, measured = self._rows[-1]
+            return goal * predicted / measured
+        share = (goal - below[1]) / (above[1] - below[1])
+        return below[0] + min(max(share, 0.0), 0.99) * (above[0] - below[0])
+
+    def told(self) -> str:
+        """The last one beside the limit."""
+        return f"{self.limit.metric} {self._rows[-1][1]:.4g} of {self.limit.bound:.4g}"
+
+
+def _faster(job: LanguageJob) -> str:
+    """Kinds of decision that make parts faster and were not allowed, in words."""
+    known = {d.name.partition(":")[0] for d in job.family.space.decisions}
+    names = {"attention": "sublayers", "heads": "heads", "units": "units", "hidden": "hidden"}
+    more = [name for kind, name in names.items() if kind not in known and not job.grouped]
+    return f", or allow further decisions, like {', '.join(more)}" if more else ""
 
 
 def note(

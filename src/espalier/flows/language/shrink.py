@@ -34,11 +34,12 @@ from espalier.flows.language.latency import (
     told_times,
 )
 from espalier.flows.language.limits import language_limits
+from espalier.flows.language.reach import check_reach
 from espalier.flows.language.repairing import model_of, repair_all, tested_readings
 from espalier.flows.language.reproducing import WINDOWS, Asked
 from espalier.flows.language.rivals import rivals
 from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
-from espalier.flows.language.solving import check_reach, evolved, finalist, solved
+from espalier.flows.language.solving import evolved, finalist, solved
 from espalier.flows.measuring import free_folder, withdraw
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display, Silent
@@ -160,7 +161,7 @@ def _run(
         if job.runtime is not None:
             job.original.metrics |= measured(job, job.family.original)
         job.resolve()
-        check_reach(job)
+        check_reach(job, cuts, _stored(job))
     if job.runtime is not None:
         with job.phase("timing"):
             job.pricing = Pricing(job.family.space, [counts, times(job)])

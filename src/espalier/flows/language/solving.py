@@ -42,31 +42,6 @@ def seconds(job: LanguageJob) -> float:
     return 20.0 if job.budget.seconds is None else float(np.clip(job.budget.seconds / 40, 1, 20))
 
 
-def check_reach(job: LanguageJob) -> None:
-    """Refuses limits on counted costs that nothing keeps, before anything dear is done.
-
-    Errors: `BudgetError` with what is reachable, and what the tables of tokens take.
-    """
-    counted = [x for x in job.limits if x.metric in job.pricing.metrics]
-    costs = job.factors([x.metric for x in counted])
-    try:
-        Program(job.family.space, (), costs, counted).solve(seconds=seconds(job))
-    except BudgetError as error:
-        fixed = {
-            f.name: float(f.values)
-            for f in costs.get("bytes", ())
-            if f.name in ("embedding", "head") and not f.decisions
-        }
-        bound = next((x.bound for x in counted if x.metric == "bytes"), None)
-        if bound is not None and sum(fixed.values()) > bound:
-            told = " and ".join(f"{v:,.0f} bytes of {k}" for k, v in fixed.items())
-            raise BudgetError(
-                f"bytes <= {bound:,.0f} is below the table of tokens: {told} stay as they are; "
-                f"{error}; raise the limit or allow more decisions, like bits of tables"
-            ) from None
-        raise BudgetError(f"{error}; raise the limit or allow more decisions") from None
-
-
 # --- evolution -------------------------------------------------------------------------------
 
 
