@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from espalier.report import markdown, page, shrunk
+from espalier.report import front, markdown, page, shrunk
 from espalier.report.reading import Result
 from report_html import read
 from report_sample import sample_result
@@ -108,9 +108,26 @@ def test_the_figure_leads_from_before_to_after_beside_the_original() -> None:
     (view,) = shrunk.repair(Result(shrink_result()))
     ours, other, original = view["figure"]["data"]
     assert (ours["x"], ours["y"]) == ([0.28, 0.28], [0.12, 0.91])
-    assert ours["marker"]["symbol"] == ["circle-open", "circle"]
-    assert other["name"] == "random"
+    assert ours["marker"]["symbol"] == ["star-open", "star"]
+    assert (other["name"], other["y"]) == ("random", [0.12])  # what was not kept it does not have
     assert (original["x"], original["y"]) == ([0.5], [0.99])
+    (limit,) = view["figure"]["layout"]["shapes"]
+    assert limit["x0"] == limit["x1"] == 0.3
+
+
+def test_a_network_has_one_mark_in_all_figures() -> None:
+    raw = shrink_result()
+    name = raw["baselines"][0]["name"]
+    raw["shrink"]["repair"][1]["name"] = name
+    result = Result(raw)
+    data = [shrunk.repair(result)[0]["figure"]["data"], front.front(result)[0]["figure"]["data"]]
+    marks = []
+    for traces in data:
+        mark = next(t["marker"] for t in traces if t["name"].startswith(name))
+        symbol = mark["symbol"]
+        marks.append((mark["color"], symbol if isinstance(symbol, str) else symbol[-1]))
+    assert marks[0] == marks[1]
+    assert marks[0] != ("@accent", "star")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
     if solver != "auto":
         return solver, f"asked for: {SOLVERS[solver]}"
     size, images = job.family.space.size, job.calibrated.samples
-    read = f"{images} training images"
+    read, many = f"{images} training images", f"{size:,.0f}" if size < 1e6 else f"{size:.2g}"
     options = f"{job.options} options of {len(job.family.space)} decisions"
     if size <= _FEW and images >= _ENOUGH:
         return "search", (
@@ -64,7 +64,7 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
             f"({_ENOUGH} would do): {options} are judged one by one and smoothed"
         )
     return "allocate", (
-        f"{options} are judged one by one on {read}; {size:.2g} candidates are too many to judge each"
+        f"{options} are judged one by one on {read}; {many} candidates are too many to judge each"
     )
 
 

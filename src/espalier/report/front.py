@@ -11,8 +11,6 @@ from espalier.report import numbers, plot, verdict, words
 from espalier.report.plot import Figure
 from espalier.report.reading import Entry, Result, keeps
 
-_SYMBOLS = ("diamond", "square", "triangle-up", "cross", "hexagon")
-
 
 def front(result: Result) -> list[dict[str, Any]]:
     """Quality against each limited cost: searched, front, chosen, baselines, the limit."""
@@ -33,39 +31,20 @@ def _front(result: Result, metric: str) -> Figure:
     layout = plot.layout(
         plot.axis(plot.titled(metric, unit), metric, [min(xs) - pad, max(xs) + pad], unit),
         plot.axis(name, quality, quality_range(result), result.best.unit(quality)),
+        **plot.limit_line(result, metric),
     )
-    if limit:
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "x0": limit.bound,
-                "x1": limit.bound,
-                "y0": 0,
-                "y1": 1,
-                "yref": "paper",
-                "line": {"color": "@warn", "width": 1.5, "dash": "dash"},
-            }
-        ]
-        layout["annotations"] = [
-            {
-                "x": limit.bound,
-                "y": 1,
-                "yref": "paper",
-                "yanchor": "bottom",
-                "xanchor": "right",
-                "showarrow": False,
-                "text": plot.text(f"limit {numbers.show(limit.bound, metric, unit)}"),
-                "font": {"color": "@warn", "size": 12},
-            }
-        ]
     return {"data": traces, "layout": layout}
 
 
 def quality_range(result: Result) -> list[float]:
-    """The vertical range that keeps the trained networks legible: they, and the better part of
-    what was searched. Far worse trials lie outside and are counted in the caption."""
-    trained = [e.value(result.quality) for e in result.entries()]
-    finals = np.array([v for v in trained if v is not None])
+    """The vertical range that keeps the trained networks legible: they with their errors, and the
+    better part of what was searched. Far worse trials lie outside and are counted in the caption."""
+    trained = [
+        (value, verdict.noise(result, e) or 0.0)
+        for e in result.entries()
+        if (value := e.value(result.quality)) is not None
+    ]
+    finals = np.array([[value - error, value + error] for value, error in trained])
     trials = np.array([t for t in searched_values(result) if t is not None])
     low, high = float(finals.min()), float(finals.max())
     if len(trials):
@@ -143,9 +122,10 @@ def _trained(result: Result, metric: str) -> list[Figure]:
         traces.append(
             _points(result, own, metric, "front, trained", mark, mode="lines+markers", line=line)
         )
-    for i, other in enumerate(result.baselines):
+    for other in result.baselines:
         if None not in (other.value(metric), other.value(result.quality)):
-            mark = {"size": 11, "color": plot.COLOURS[i % 5], "symbol": _SYMBOLS[i % 5]}
+            colour, symbol = plot.mark_of(result, other.name)
+            mark = {"size": 11, "color": colour, "symbol": symbol}
             traces.append(
                 _points(result, [other], metric, f"{other.name}{_trained_word(result)}", mark)
             )

@@ -17,6 +17,7 @@ from espalier.report.reading import Result
 Figure = dict[str, Any]
 
 COLOURS = ("@hand", "@chance", "@third", "@soft", "@ink")
+SYMBOLS = ("diamond", "square", "triangle-up", "cross", "hexagon")
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Ubuntu, Cantarell, sans-serif"
 
 
@@ -70,6 +71,28 @@ def layout(x: Figure, y: Figure, **more: Any) -> Figure:
         "yaxis": y,
         **more,
     }
+
+
+def mark_of(result: Result, name: str) -> tuple[str, str]:
+    """The colour and the symbol of a network, the same in every figure: a star for the answer."""
+    names = [e.name for e in result.baselines]
+    place = names.index(name) if name in names else -1
+    return ("@accent", "star") if place < 0 else (COLOURS[place % 5], SYMBOLS[place % 5])
+
+
+def limit_line(result: Result, metric: str) -> Figure:
+    """What a layout has of a limit: a broken line and its value; nothing where there is none."""
+    limit = result.limit(metric)
+    if limit is None:
+        return {}
+    line = {"color": "@warn", "width": 1.5, "dash": "dash"}
+    place = {"x0": limit.bound, "x1": limit.bound, "y0": 0, "y1": 1, "yref": "paper"}
+    told = f"limit {numbers.show(limit.bound, metric, unit_of(result, metric))}"
+    note = {
+        "x": limit.bound, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "right",
+        "showarrow": False, "text": text(told), "font": {"color": "@warn", "size": 12},
+    }  # fmt: skip
+    return {"shapes": [{"type": "line", **place, "line": line}], "annotations": [note]}
 
 
 def unit_of(result: Result, metric: str) -> str:

@@ -152,33 +152,31 @@ def ignored(result: Result) -> list[tuple[str, str, str]]:
 
 def repair(result: Result) -> list[dict[str, Any]]:
     """Validation quality against measured latency (or the first limited cost), before and after
-    repair, with the original."""
+    repair, with the original and the limit."""
     table = rows(result.shrink.get("repair"))
     timed = any(row.get("latency_ms") is not None for row in table)
     metric = "latency_ms" if timed or not result.axes else result.axes[0]
-    traces: list[Figure] = []
-    xs: list[float] = []
-    for i, row in enumerate(table):
-        trace = _path(result, row, metric, "@accent" if i == 0 else plot.COLOURS[(i - 1) % 5])
-        if trace:
-            traces.append(trace)
-            xs += trace["x"]
-    original = mapping(result.shrink.get("original"))
-    metrics = mapping(original.get("metrics"))
-    x = numbers.real(mapping(metrics.get(metric)).get("value"))
-    y = numbers.real(mapping(metrics.get(f"{result.quality}_validation")).get("value"))
+    traces = [trace for row in table if (trace := _path(result, row, metric))]
     if not traces:
         return []
-    if x is not None and y is not None:
-        xs.append(x)
-        mark = {"size": 13, "color": "@ink", "symbol": "diamond"}
-        traces.append(
+    xs = [trace["x"][0] for trace in traces]
+    original = mapping(mapping(result.shrink.get("original")).get("metrics"))
+    given = {
+        "name": "the original",
+        metric: mapping(original.get(metric)).get("value"),
+        "stages": [
             {
-                "type": "scatter", "mode": "markers", "name": "the original", "x": [x], "y": [y],
-                "marker": mark, "hoverinfo": "text",
-                "hovertext": [_told(result, metric, "the original", "as given", x, y)],
+                "stage": "as given",
+                "quality": mapping(original.get(f"{result.quality}_validation")).get("value"),
+                "kept": True,
             }
-        )  # fmt: skip
+        ],
+    }
+    if trace := _path(result, given, metric):
+        traces.append({**trace, "mode": "markers"})
+        xs += trace["x"]
+    limit = result.limit(metric)
+    xs += [limit.bound] if limit else []
     pad = 0.08 * ((max(xs) - min(xs)) or max(xs) or 1.0)
     span = [max(min(xs) - pad, 0.0), max(xs) + pad]
     name = f"validation {numbers.label(result.quality)}"
@@ -188,19 +186,27 @@ def repair(result: Result) -> list[dict[str, Any]]:
     layout = plot.layout(
         plot.axis(title, metric, span, plot.unit_of(result, metric)),
         plot.axis(name, result.quality, (), unit),
+        **plot.limit_line(result, metric),
     )
     label = numbers.label(metric)
     return [{"label": label, "figure": {"data": traces, "layout": layout}}]
 
 
-def _path(result: Result, row: Mapping[str, Any], metric: str, colour: str) -> Figure | None:
-    """One network as a line from what it was when cut to what it is."""
+def _path(result: Result, row: Mapping[str, Any], metric: str) -> Figure | None:
+    """One network as a line from what it was when cut to what it is; stages that were not kept are
+    in the table alone."""
     x, name = numbers.real(row.get(metric)), str(row.get("name"))
-    found = [(str(s.get("stage")), numbers.real(s.get("quality"))) for s in rows(row.get("stages"))]
+    found = [
+        (str(s.get("stage")), numbers.real(s.get("quality")))
+        for s in rows(row.get("stages"))
+        if s.get("kept")
+    ]
     known = [(stage, y) for stage, y in found if y is not None]
     if x is None or not known:
         return None
-    symbols = ["circle-open"] * (len(known) - 1) + ["circle"]
+    colour, symbol = plot.mark_of(result, name)
+    large = 17 if symbol == "star" else 12
+    before = len(known) - 1
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -208,7 +214,12 @@ def _path(result: Result, row: Mapping[str, Any], metric: str, colour: str) -> F
         "x": [x] * len(known),
         "y": [y for _, y in known],
         "line": {"color": colour, "width": 1.5},
-        "marker": {"size": [9] * (len(known) - 1) + [13], "color": colour, "symbol": symbols},
+        "marker": {
+            "size": [9] * before + [large],
+            "color": colour,
+            "opacity": 1,
+            "symbol": [f"{symbol}-open"] * before + [symbol],
+        },
         "hoverinfo": "text",
         "hovertext": [_told(result, metric, name, stage, x, y) for stage, y in known],
     }
