@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("ortools")
 
+from espalier.compress.language import Folder, Heads, Language, Units, read_folder
 from espalier.costs.language_times import Generation
-from espalier.errors import BudgetError
-from espalier.flows.language.shrink import shrink_language
+from espalier.errors import BudgetError, EspalierError
+from espalier.flows.language.room import check_room, free_memory
+from espalier.flows.language.shrink import explain_language, shrink_language
 from espalier.testing.language import tiny
 
 TEXT = " ".join(f"{i} and {i * 7 % 100} make {i + i * 7 % 100}." for i in range(100))
@@ -129,3 +132,58 @@ def test_times_that_no_answer_keeps_are_said_as_measured(
     ) as error:
         shrunk(place, "never", {"decode_ms": "50%@16"}, "units")
     assert "sublayers, heads, hidden" in str(error.value)
+
+
+# --- memory and encoders, said before anything is loaded -----------------------------------------
+
+
+def test_a_model_that_does_not_fit_in_memory_is_refused_with_the_way_that_does(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = read_folder(place / "llama")
+    size = sum(4 * p.numel() for p in folder.model().parameters())
+    monkeypatch.setattr("espalier.flows.language.room.free_memory", lambda: int(2.2 * size))
+    check_room(folder)
+    monkeypatch.setattr("espalier.flows.language.room.free_memory", lambda: int(1.8 * size))
+    monkeypatch.setattr(Folder, "model", lambda self: pytest.fail("it was loaded"))
+    for work in (
+        lambda: shrunk(place, "large", {"bytes": "80%"}, "units"),
+        lambda: explain_language(place / "llama", {"bytes": "80%"}),
+    ):
+        with pytest.raises(EspalierError, match=r"are free: give --memory \d+MB, which goes") as e:
+            work()
+        assert "\n" not in str(e.value)
+    assert not (place / "large").exists()
+
+
+def test_free_memory_is_that_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "memory.max"
+    monkeypatch.setattr("espalier.flows.language.room._LIMIT", here)
+    machine = free_memory()
+    assert machine > 0
+    here.write_text("max\n")
+    assert free_memory() > 0.5 * machine
+    here.write_text("1000000\n")
+    assert free_memory() == 0  # this process holds more already
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_an_encoder_is_refused_with_what_to_do_in_python_which_works(
+    tmp_path: Path, kind: str
+) -> None:
+    model = tiny(kind)
+    model.save_pretrained(tmp_path / kind)
+    with pytest.raises(EspalierError, match=r"which writes no text.*Language") as error:
+        explain_language(tmp_path / kind, {"bytes": "80%"})
+    assert "\n" not in str(error.value)
+    inputs = torch.zeros(2, 8, dtype=torch.long)
+    if kind == "vit":
+        inputs = torch.randn(2, 3, model.config.image_size, model.config.image_size)
+    family = Language(read_folder(tmp_path / kind).model(), inputs, (Heads(), Units()))
+    few = {d.name: d.options[0] for d in family.space.decisions}
+    smaller = family.build(few)
+    with torch.no_grad():
+        assert smaller(inputs).logits.shape == model(inputs).logits.shape
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())

@@ -38,6 +38,7 @@ from espalier.flows.language.reach import check_reach
 from espalier.flows.language.repairing import model_of, repair_all, tested_readings
 from espalier.flows.language.reproducing import WINDOWS, Asked
 from espalier.flows.language.rivals import rivals
+from espalier.flows.language.room import check_room
 from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
 from espalier.flows.language.solving import evolved, finalist, solved
 from espalier.flows.measuring import free_folder, withdraw
@@ -113,11 +114,13 @@ def shrink_language(
     folder = read_folder(model)
     _check_kind(folder)
     task = _text(folder, text, context, windows, seed)
+    check_room(folder)
     network = folder.model()
     parts = anatomy(network)
     at, runtime = _length(length, parts.context, asked, threads)
     cuts = language_cuts(decisions, parts, asked, grouped, at + (WRITTEN if runtime else 0))
     family = _family(folder, network, task, cuts, grouped)
+    del network  # the family has its own
     where = Path(out) if out is not None else free_folder(f"{folder.path.name}-small")
     _check_out(where, folder)
     identity = language_identity(
@@ -225,6 +228,7 @@ def explain_language(
     asked, length = language_limits(within or {"bytes": "50%"})
     folder = read_folder(model)
     _check_kind(folder)
+    check_room(folder)
     network = folder.model()
     cuts = language_cuts(decisions, anatomy(network), asked, grouped, length or 0)
     draw = torch.Generator().manual_seed(0)
@@ -243,7 +247,8 @@ def _check_kind(folder: Folder) -> None:
         decoders = ", ".join(sorted(name for name, kind in KINDS.items() if kind.decoder))
         raise EspalierError(
             f"{folder.path} is a {folder.kind}, which writes no text: give a decoder ({decoders}), or "
-            "use espalier.compress.language.Language in Python"
+            "cut it in Python: Language(read_folder(path).model(), inputs, (Heads(), Units())) of "
+            "espalier.compress.language has its decisions (.space) and makes smaller ones (.build)"
         )
 
 
