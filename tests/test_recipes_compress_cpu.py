@@ -211,6 +211,23 @@ def test_what_is_measured_corrects_the_table(space):
         assert found["actions"][-1].startswith("give back") is (first > 1)
 
 
+def test_options_are_given_back_until_the_target_is_near(space):
+    def size(candidate):
+        return int(space.encode([candidate]).sum())
+
+    slim = Slimming(space, CHANCES, lambda codes: np.asarray(codes).sum(1) / 100 + 1.0)
+    steps = [space.decode(s["codes"])[0] for s in slim.path()]
+    least = size(steps[4])  # the fifth is the first that is small enough
+
+    def measure(candidate):
+        return 0.6 if candidate in steps[:4] else 0.5 + 0.015 * (size(candidate) - least)
+
+    found = met(slim, lambda c: c, 0.55, measure)
+    assert found["share"] == pytest.approx(0.53)
+    assert [a.startswith("give back") for a in found["actions"][-3:]] == [False, True, True]
+    assert size(found["candidate"]) == least + 2
+
+
 @pytest.mark.parametrize(
     ("latency", "accuracy", "holds"),
     [(0.48, 0.6, True), (0.51, 0.6, False), (0.44, 0.6, False), (0.48, 0.5, False)],

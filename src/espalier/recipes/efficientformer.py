@@ -177,7 +177,7 @@ The supernet is trained once, at its largest widths. A block's importance is how
 operator is than none; a stage's is the sum over its blocks. Then no weight is touched any more: one
 action after the other is taken, by a table of latencies, until the target is met. The table says where
 to look; the networks around that place are built and measured, and the first that keeps the target as
-measured is the answer, one option of it a step larger where that still fits.
+measured is the answer, options of it a step larger as long as that still fits.
 
 Both that network and the uniformly narrowed one are trained alone from fresh weights.
 

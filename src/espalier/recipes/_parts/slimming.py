@@ -17,6 +17,7 @@ from espalier.space import Candidate, Space
 
 CLOSE = 0.05  # how far below the target nothing more is tried
 _ROUNDS = 12  # of correcting the table by what is measured
+_HOPELESS = 1.3  # times the target: what the table puts above is not measured
 Codes = NDArray[Any]
 Milliseconds = Callable[[Codes], NDArray[np.float64]]
 
@@ -113,7 +114,7 @@ def met(
     """The first network on the way whose measured share of the largest's latency is at most `most`.
 
     The table says where to look; what is measured corrects it, until the step before is too slow. Steps
-    are coarse: where much of the time is left, one option is given back, if that keeps the target.
+    are coarse: where much of the time is left, options are given back as long as that keeps the target.
     """
     steps = list(slim.path())
     known: dict[int, float] = {}
@@ -135,14 +136,18 @@ def met(
     row, reached = steps[at]["codes"], share(at)
     taken = [s["action"] for s in steps[1 : at + 1]]
     looks = len(known)
-    for action, larger in slim.undone(row) if reached <= most else ():
-        if reached >= (1 - CLOSE) * most:
-            break
-        looks += 1
-        found = measure(build(slim.space.decode(larger)[0]))
-        if reached < found <= most:
-            row, reached = larger, found
-            taken.append(action)
+    while reached < (1 - CLOSE) * most:
+        ms = float(slim.price(row)[0])
+        for action, larger in slim.undone(row):
+            if reached * float(slim.price(larger)[0]) / ms > _HOPELESS * most:
+                continue
+            looks += 1
+            found = measure(build(slim.space.decode(larger)[0]))
+            if reached < found <= most:
+                row, reached = larger, found
+                taken.append(action)
+                break
+        else:
             break
     return {
         "candidate": slim.space.decode(row)[0],
