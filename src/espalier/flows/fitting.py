@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ from espalier.space import Candidate
 # A candidate that is first measured inside the limit by this much stays inside it when its
 # repaired weights are measured again, noise allowed; nearer than `_CLOSE` is not worth a round.
 _AIM, _CLOSE = 0.985, 0.965
-_ROUNDS = 6  # candidates measured
-_HURRIED, _REPAIR = 3, 0.4  # rounds where less than this share of the time is left for repair
+_ROUNDS = 8  # candidates measured
+_HURRIED, _SPENT = 3, 0.05  # rounds where they took more than this share of the time that is left
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
@@ -71,6 +72,7 @@ class _Fitting:
         self.kept: tuple[float, Candidate] | None = None
         self.broken = float("inf")
         self.times: dict[Candidate, float] = {}
+        self.began = time.monotonic()
 
     def run(self) -> Candidate:
         job = self.job
@@ -85,11 +87,11 @@ class _Fitting:
             if candidate is None:
                 break
             new = candidate not in self.times
-            time = self.measured(candidate, bound)
-            if time <= self.wanted:
+            took = self.measured(candidate, bound)
+            if took <= self.wanted:
                 if self.kept is None or bound > self.kept[0]:
                     self.kept = bound, candidate
-                if time >= _CLOSE * self.wanted or candidate == job.family.original:
+                if took >= _CLOSE * self.wanted or candidate == job.family.original:
                     break
             else:
                 self.broken = min(self.broken, bound)
@@ -97,17 +99,16 @@ class _Fitting:
             enough = _HURRIED if self.hurried() else _ROUNDS
             if rounds >= enough and (self.kept or rounds >= _ROUNDS + _LAST_ROUNDS):
                 break
-            following = self.next(bound, time, new)
+            following = self.next(bound, took, new)
             if abs(following - bound) < 0.003 * bound:
                 break
             bound = following
         return self.kept[1] if self.kept else cheapest(job, self.name, self.wanted)
 
     def hurried(self) -> bool:
-        """Whether repair has too little time left to spend more on a closer fit."""
+        """Whether a closer fit would take time that repair needs."""
         left = self.job.left()
-        whole = self.job.budget.seconds
-        return left is not None and whole is not None and left < _REPAIR * whole
+        return left is not None and time.monotonic() - self.began > _SPENT * left
 
     def answer(self, bound: float) -> Candidate | None:
         limits = [replace(x, bound=bound) if x is self.limit else x for x in self.job.limits]
@@ -116,10 +117,10 @@ class _Fitting:
         except BudgetError:
             return None
 
-    def next(self, bound: float, time: float, new: bool) -> float:
+    def next(self, bound: float, took: float, new: bool) -> float:
         """What the last measurement asks for, inside what is known; halfway where it is not new."""
         low = self.kept[0] if self.kept else 0.0
-        step = bound * _AIM * self.wanted / time
+        step = bound * _AIM * self.wanted / took
         if len(self.times) >= _ROUNDS and not self.kept:
             step = min(step, 0.85 * bound)
         if new and low < step < self.broken:
@@ -131,9 +132,9 @@ class _Fitting:
     def measured(self, candidate: Candidate, bound: float) -> float:
         if candidate not in self.times:
             # what was found over the limit after its repair is not chosen again
-            time = max(measured(self.job, candidate), self.job.slower.get(candidate, 0.0))
-            self.times[candidate] = time
-            _note(self.job, self.name, candidate, bound, time, self.wanted)
+            took = max(measured(self.job, candidate), self.job.slower.get(candidate, 0.0))
+            self.times[candidate] = took
+            _note(self.job, self.name, candidate, bound, took, self.wanted)
         return self.times[candidate]
 
 
@@ -152,10 +153,10 @@ def cheapest(job: Shrinking, name: str, wanted: float) -> Candidate:
     Errors: `BudgetError` with what it takes.
     """
     candidate = least(job, LATENCY)
-    time = measured(job, candidate)
-    _note(job, name, candidate, 0.0, time, wanted)
-    reading = Reading(time, "ms", "measured")
-    if time <= wanted and job.keeps({**job.price(candidate), LATENCY: reading}):
+    took = measured(job, candidate)
+    _note(job, name, candidate, 0.0, took, wanted)
+    reading = Reading(took, "ms", "measured")
+    if took <= wanted and job.keeps({**job.price(candidate), LATENCY: reading}):
         return candidate
     limit = job.latency_limit
     assert limit is not None
