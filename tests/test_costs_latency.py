@@ -473,6 +473,16 @@ def test_pieces_beyond_the_limit_are_filled_in() -> None:
     np.testing.assert_allclose(found, wanted, rtol=0.08)
 
 
+def test_when_the_time_is_over_a_few_of_each_unit_are_measured() -> None:
+    family = esp.nets.make("mobilenet", (1, 8, 8), 10)
+    predicted = PredictedLatency(family, Counting())
+    predicted.calibrate(seconds=0.0)
+    error = predicted.error
+    assert error["units_measured"] == 24
+    assert (error["fitted_on"], len(error["held_out"])) == (5, 5)
+    assert error["spearman"] > 0.9
+
+
 def test_families_without_units_are_predicted_too() -> None:
     predicted = PredictedLatency(Towers(), Counting())
     predicted.calibrate(limit=100)

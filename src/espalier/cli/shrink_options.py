@@ -38,9 +38,9 @@ Decisions = Annotated[
         help="What may be cut, with commas: width, depth, bits, sparsity (width,depth by "
         "default). Settings follow a colon, parted by slashes: bits:8/4 (bits to choose from beside "
         "float), bits:weights/4 (linear layers' weights alone), sparsity:2:4/50% (patterns and shares "
-        "that stay), width:multiple=8/steps=6. Of a language model: sublayers, blocks, heads, units, "
-        "hidden, experts, active, bits, tables, sparsity, kv, rank, span (what the limits ask for by "
-        "default)."
+        "that stay), width:multiple=8/steps=6. Of a language model: sublayers, blocks, heads, units or "
+        "windows, hidden, experts or merge, active, bits or tables, sparsity, kv or growing, rank, "
+        "span (what the limits ask for by default)."
     ),
 ]
 Grouped = Annotated[
@@ -54,7 +54,7 @@ Memory = Annotated[
     typer.Option(
         help="A language model that is too large for memory: the most that may be held, 4GB. It "
         "goes through layer by layer; the limit is on bytes, all layers keep one shape, --budget "
-        "is not used."
+        "is not used, --resume goes on after the last finished layer."
     ),
 ]
 Solver = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +19,19 @@ from espalier.costs.table import Table
 
 Array = NDArray[np.float64]
 Codes = NDArray[Any]
+_LEAST, _FEW = 24, 5  # pieces, and networks of each kind, measured however little time there is
+_PIECES = 0.7  # of the time, for pieces
 _CERTAIN = 0.005  # relative deviations below are squared, as by least squares
 
 Progress = Callable[[int, int, str], None]
 
 
 class Calibration:
-    """One run of it. `limit`: pieces measured at most; `fit`, `held_out`: whole networks."""
+    """One run of it.
+
+    `limit`: pieces measured at most. `fit`, `held_out`: whole networks. `seconds`: when they are spent,
+    no more pieces are measured, and fewer networks.
+    """
 
     def __init__(
         self,
@@ -36,11 +43,13 @@ class Calibration:
         limit: int = 250,
         fit: int = 10,
         held_out: int = 12,
+        seconds: float = math.inf,
     ) -> None:
         self._pieces, self._runtime = pieces, runtime
         self._rng = np.random.default_rng(seed)
         self._seed = seed
         self._limit, self._fit, self._held = limit, fit, held_out
+        self._pieces_end = time.perf_counter() + _PIECES * seconds
         self._progress = progress or (lambda done, total, text: None)
         self._watch = Stopwatch(runtime)
 
@@ -100,14 +109,17 @@ class Calibration:
             turn[piece.unit] = turn.get(piece.unit, 0) + 1
             ranked.append((turn[piece.unit], piece))
         taken = sorted(range(len(ranked)), key=lambda i: ranked[i][0])[: self._limit]
-        # measured in random order, so that no unit falls into one disturbance whole
-        return [ranked[i][1] for i in sorted(taken)]
+        # the first of every unit, the second of every unit: no unit falls into one disturbance whole,
+        # and where time runs out there are some of each
+        return [ranked[i][1] for i in taken]
 
     def _networks(self, rows: Codes, sums: Sums) -> tuple[Codes, Codes]:
         """Rows to fit on, spread evenly from small to large, and random rows held out."""
         space = self._pieces.space
+        late = time.perf_counter() > self._pieces_end
+        count, fit = (_FEW, _FEW) if late else (self._held, self._fit)
         pool = rows[self._rng.permutation(len(rows))[:400]]
-        held, rest = pool[: self._held], pool[self._held :]
+        held, rest = pool[:count], pool[count:]
         ends = np.concatenate([space.corner(False), space.corner(True)])
         rest = np.concatenate([rest, ends[space.valid(ends)]])
         keys = {row.tobytes() for row in np.ascontiguousarray(held)}
@@ -115,7 +127,7 @@ class Calibration:
         if len(rest) == 0:  # a space so small that everything is held out
             rest = held
         order = np.argsort(sums(rest), kind="stable")
-        even = np.unique(np.linspace(0, len(order) - 1, self._fit).round().astype(int))
+        even = np.unique(np.linspace(0, len(order) - 1, fit).round().astype(int))
         return rest[order[even]], held
 
     # --- measuring -----------------------------------------------------------------------------
@@ -123,6 +135,8 @@ class Calibration:
     def _measure_pieces(self, chosen: list[Piece], total: int) -> dict[str, float]:
         found = {}
         for done, piece in enumerate(chosen):
+            if done >= _LEAST and time.perf_counter() > self._pieces_end:
+                break
             if done % 25 == 0:
                 self._progress(done, total, "measuring pieces")
             found[piece.key] = self._watch.piece(*self._pieces.make(piece))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,14 +40,21 @@ class PredictedLatency(CodeCost):
         self._sums: Sums | None = None
 
     def calibrate(
-        self, seed: int = 0, progress: Progress | None = None, limit: int = 250
+        self,
+        seed: int = 0,
+        progress: Progress | None = None,
+        limit: int = 250,
+        seconds: float = math.inf,
     ) -> dict[str, Any]:
         """Measures the table, fits it, and gives it as JSON; then codes can be priced.
 
-        At most `limit` pieces are measured. `progress(done, total, text)` is told how far it is.
+        At most `limit` pieces are measured, and no more when `seconds` are spent (but a few of each
+        kind of layer). `progress(done, total, text)` is told how far it is.
         Errors: `BusyMachine` when the runtime is strict, `ExportError`.
         """
-        table = Calibration(self._pieces, self.runtime, seed, progress, limit=limit).run()
+        table = Calibration(
+            self._pieces, self.runtime, seed, progress, limit=limit, seconds=seconds
+        ).run()
         self._use(table)
         return table.to_json()
 

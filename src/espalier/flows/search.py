@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from espalier.train import Recipe
 
 FamilyLike = Family | str | Callable[[tuple[int, ...], int], Family]
 SOLVERS = ("search", "relax")
+_TABLE = 0.25  # of the whole time, for the table of latencies
 CostLike = Cost | Callable[[Family], Cost]
 
 
@@ -154,10 +156,14 @@ def _calibrate(job: Job, counts: Counts) -> None:
     """
     asked = job.limits
     fresh = PredictedLatency(job.family, job.runtime)
+    seconds = math.inf if job.budget.seconds is None else _TABLE * job.budget.seconds
     for last, key in enumerate(("latency table", "latency table, again")):
         again = " once more" if last else ""
         job.show.phase(f"calibrating latency on this machine{again}", 1)
-        table = job.study.once(key, lambda: fresh.calibrate(seed=job.seed, progress=job.show.step))
+        table = job.study.once(
+            key,
+            lambda: fresh.calibrate(seed=job.seed, progress=job.show.step, seconds=seconds),
+        )
         job.predicted = PredictedLatency.from_json(job.family, job.runtime, table)
         job.pricing = Pricing(job.family.space, [counts, job.predicted, *job.own_costs])
         job.limits = resolve(asked, job.pricing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,6 @@ from espalier.train import Recipe
 LATENCY, STORED = "latency_ms", "stored_bytes"
 # Shares of the whole time; repair has what is left.
 _TABLE, _PROFILE = 0.25, 0.25
-_PIECE = 0.35  # to export and time one piece, as a share of that of a whole network
-_LEAST_PIECES = 24
 _LEAST_IMAGES, _MOST_IMAGES = 64, 1024
 _ORIGINAL_TIMES = 3
 _UNSURE = 0.05  # spread of a ratio, as a share of it, that makes it one of a busy machine
@@ -60,7 +59,6 @@ class Shrinking(Measuring):
     slower: dict[Candidate, float] = field(default_factory=dict)
     pricing: Pricing = field(init=False)
     predicted: PredictedLatency | None = None
-    seconds_each: float = 0.3
     original: Entry = field(init=False)
     calibrated: Calibrated = field(init=False)
     profile: Profile | None = None
@@ -101,16 +99,14 @@ class Shrinking(Measuring):
         readings = self.price(candidate)
 
         def measure() -> dict[str, Any]:
-            times, started = [], time.perf_counter()
+            times = []
             for i in range(_ORIGINAL_TIMES):
                 times.append(self.measured(candidate, None, f"latency-original-{i}"))
                 self.show.step(i + 1, _ORIGINAL_TIMES)
-            middle = sorted(times, key=lambda r: r.value)[len(times) // 2]
-            each = (time.perf_counter() - started) / _ORIGINAL_TIMES
-            return {**middle.to_json(), "seconds": each}
+            return sorted(times, key=lambda r: r.value)[len(times) // 2].to_json()
 
         latency = self.once("original latency", measure)
-        readings[LATENCY], self.seconds_each = Reading.from_json(latency), latency["seconds"]
+        readings[LATENCY] = Reading.from_json(latency)
         judged = self.once(
             "original validation",
             lambda: train.evaluate(self.family.model, self.task, "validation"),
@@ -168,14 +164,11 @@ class Shrinking(Measuring):
         if self.latency_limit is None:
             return
         fresh = PredictedLatency(self.family, self.runtime)
-        most = 250
-        if self.budget.seconds is not None:
-            each = _PIECE * self.seconds_each
-            most = int(np.clip(_TABLE * self.budget.seconds / each, _LEAST_PIECES, most))
+        seconds = math.inf if self.budget.seconds is None else _TABLE * self.budget.seconds
         self.show.phase("calibrating latency on this machine", 1)
         table = self.once(
             "latency table",
-            lambda: fresh.calibrate(seed=self.seed, progress=self.show.step, limit=most),
+            lambda: fresh.calibrate(seed=self.seed, progress=self.show.step, seconds=seconds),
         )
         self.predicted = PredictedLatency.from_json(self.family, self.runtime, table)
         self.pricing = Pricing(self.family.space, [*self._counted(), self.predicted])
