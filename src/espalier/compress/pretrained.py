@@ -71,17 +71,19 @@ class Pretrained(Family):
         decisions = [d for cut in self.cuts for d in cut.decisions]
         if not decisions:
             raise EspalierError(_nothing(self.name, self.ignored))
-        self._space = Space(_conditioned(decisions, self.cuts), matched(self.cuts, self._runs))
+        decisions = _conditioned(decisions, self.cuts)
+        with deployed(self.model):
+            self._gives = self.model(self._example).shape
+        self._space = Space(decisions, matched(decisions, self.cuts, self._runs))
         self._units: Units | None = None
         self.original: Candidate = self._space.decode(self._space.corner(True))[0]
 
     def _runs(self, choices: Mapping[str, Option]) -> bool:
         try:
             with deployed(network := self._cut(choices)):
-                network(self._example)
+                return bool(network(self._example).shape == self._gives)
         except Exception:  # whatever shapes that do not fit lead to
             return False
-        return True
 
     @property
     def space(self) -> Space:
