@@ -106,3 +106,62 @@ def test_patterns_choose_and_wrong_ones_are_refused():
         Depth(layers=["stage*"]).bind(resnet(), IMAGES)
     with pytest.raises(EspalierError, match="does not run on an example of shape"):
         Depth().bind(resnet(), torch.zeros(1, 3, 8, 8))
+
+
+class Parallel(nn.Module):
+    """RepVGG's block: branches without activation, which a method folds into one convolution."""
+
+    def __init__(self, into: int, width: int) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(into, width, 3, padding=1), nn.BatchNorm2d(width))
+        self.narrow = nn.Sequential(nn.Conv2d(into, width, 1), nn.BatchNorm2d(width))
+        self.same = nn.BatchNorm2d(width) if into == width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(x) + self.narrow(x)
+        return F.relu(y if self.same is None else y + self.same(x))
+
+
+class Foldable(Parallel):
+    def switch_to_deploy(self) -> None:
+        raise NotImplementedError
+
+
+class Fusable(nn.Module):
+    """A residual block whose norms can be folded into its convolutions: its branch stays one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.two(F.relu(self.one(x))))
+
+    def fuse(self) -> None:
+        raise NotImplementedError
+
+
+def test_branches_that_fold_into_one_layer_are_no_decisions():
+    model = nn.Sequential(Foldable(1, 8), Foldable(8, 8), Foldable(8, 8), nn.Flatten())
+    cut = bound(model)
+    assert [d.name for d in cut.decisions] == ["depth:1", "depth:2"]
+    reason = "its branches become one layer with its own switch_to_deploy(): call that first"
+    assert [(i.layer, i.reason) for i in cut.ignored] == [(n, reason) for n in "012"]
+    x = noise(2, 1, 8, 8)
+    assert torch.equal(without(model, "depth:1")(x), nn.Sequential(*model[:1], *model[2:])(x))
+
+
+class Beside(Fusable):
+    """One of two branches has an activation: they are no one layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.two(F.relu(x)) + self.one(x))
+
+
+def test_branches_without_such_a_method_and_with_activations_are_decisions():
+    names = [d.name for d in bound(nn.Sequential(Parallel(1, 8), Parallel(8, 8))).decisions]
+    assert names == ["depth:0", "depth:1.wide", "depth:1.narrow", "depth:1.same"]
+    for block in (Fusable(), Beside()):
+        cut = bound(nn.Sequential(nn.Conv2d(1, 8, 1), block))
+        assert cut.decisions[0].name == "depth:1"
+        assert not any("become one layer" in i.reason for i in cut.ignored)

@@ -31,6 +31,9 @@ _KEEP_ZERO = (
 )
 _ZERO_TO_ZERO = {"relu", "gelu", "silu", "hardtanh", "hardswish", "leaky_relu", "elu", "tanh"}
 _ZERO_TO_ZERO |= {"mul", "div", "_to_copy", "clone", "native_dropout"}
+# methods that fold parallel branches into one layer, by the names that authors of such blocks use
+_FOLDING = ("reparameterize", "switch_to_deploy", "fuse", "fuse_convs", "merge_branches")
+_LINEAR = {"convolution", "native_batch_norm", "addmm", "mm", "add", "empty"}
 _NO_ATTENTION = {"batch_first": True, "in_proj_bias": None, "_qkv_same_embed_dim": False}
 
 
@@ -145,6 +148,7 @@ class _Finder:
             for value in set(step.reads):
                 self._readers.setdefault(value, []).append(i)
         self.ignored: list[Ignored] = []
+        self._folding: set[str] = set()
         branches = self._branches()
         whole = self._whole_blocks()
         found = [self._removal(run.calls[i].path, [run.calls[i]], zero=False) for i in whole]
@@ -224,6 +228,11 @@ class _Finder:
         self, owner: int, chain: list[int], branches: list[tuple[int, list[int]]]
     ) -> Removal | None:
         holder = self._run.calls[owner]
+        if method := self._folds(owner):
+            if holder.path not in self._folding:
+                self.ignored.append(Ignored(holder.path, "depth", _folded(method)))
+            self._folding.add(holder.path)
+            return None
         alone = sum(other == owner for other, _ in branches) == 1
         calls = [self._run.calls[i] for i in chain]
         largest = max(chain, key=lambda i: self._weight([i]))
@@ -239,12 +248,26 @@ class _Finder:
             return None
         return self._removal(name, parts, zero=True)
 
+    def _folds(self, owner: int) -> str:
+        """The method that makes one layer of a block's branches, where these are linear."""
+        steps = [s for s in self._run.steps if self._run.within(s.call, owner)]
+        added = [i for i, s in enumerate(steps) if s.name == "add" and s.call == owner]
+        holder = self._run.calls[owner]
+        if not holder.path or any(s.name not in _LINEAR for s in steps[: added[-1]]):
+            return ""
+        return next((n for n in _FOLDING if callable(getattr(holder.module, n, None))), "")
+
     # --- blocks of equal shape without a shortcut ------------------------------------------------
 
     def _equal(self, taken: set[str], around: set[str]) -> Iterator[Removal]:
         """Innermost blocks, and convolutions and linear layers outside of them."""
-        blocks = [c for c in self._run.calls if self._fits(c) and self._innermost(c)]
-        inside = {path for c in blocks for path in self._inside(c.path)}
+        inside = {path for block in self._folding for path in self._inside(block)[1:]}
+        blocks = [
+            c
+            for c in self._run.calls
+            if c.path not in inside and self._fits(c) and self._innermost(c)
+        ]
+        inside |= {path for c in blocks for path in self._inside(c.path)}
         layers = [
             c
             for c in self._run.calls
@@ -268,7 +291,10 @@ class _Finder:
         )
 
     def _innermost(self, call: Call) -> bool:
-        """A module with children, of which none has children with weights."""
+        """A module with children, of which none has children with weights; or all of its branches
+        become one layer."""
+        if call.path in self._folding:
+            return True
         children = list(call.module.children())
         deep = any(any(True for _ in g.parameters()) for c in children for g in c.children())
         return bool(children) and not deep
@@ -288,6 +314,10 @@ class _Finder:
     def _around(self, path: str) -> list[str]:
         steps = path.split(".")
         return [".".join(steps[:i]) for i in range(len(steps))]
+
+
+def _folded(method: str) -> str:
+    return f"its branches become one layer with its own {method}(): call that first"
 
 
 def _part(call: Call) -> Part:
