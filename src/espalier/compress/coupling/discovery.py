@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from espalier.compress.coupling.drawn import seen
 from espalier.compress.coupling.groups import Group, Scaled, grouped
 from espalier.compress.coupling.labelling import Trace, evaluated, followed, outputs
 from espalier.compress.coupling.labels import thin
@@ -38,6 +39,7 @@ def discover(model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]
     Where a cut model fails because a block writes sizes of its input into its shapes, the block is
     traced into a graph in which such sizes can follow. Errors: `EspalierError` as of `followed`.
     """
+    model = seen(model)
     found, failed = _look(model, example, unwanted)
     paths = _blocks(model, failed)
     if not paths:
