@@ -264,6 +264,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     tasks = {name: task_of(name, options.data or DATA[name]) for name in options.models}
     rows, originals = run(options, tasks)
+    rows = [r for r in rows if r["model"] in tasks]  # a folder may hold those of other models
     tests = tested([*rows, *originals], options.folder, tasks)
     rows, originals = tests[: len(rows)], tests[len(rows) :]
     found = {
