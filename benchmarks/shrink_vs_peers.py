@@ -16,6 +16,8 @@ on its closed-form repair is taken off its time.
 - modelopt fastnas: its search under a limit on FLOPs, lowered until the measured latency is kept.
 - uniform width: every width the same share, the largest weights stay.
 
+Peers and uniform widths come twice: in multiples of 4 channels, and "by 8".
+
 The test images are read once, when all networks are there. Every network is written down as soon as it
 is made: a run that is stopped goes on, and runs of different seeds (`--first`) may share a folder; the
 last of them sums up all.

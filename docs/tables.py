@@ -145,6 +145,39 @@ def relax_quality(found: dict[str, Any]) -> str:
     return "\n".join(found["table"])
 
 
+def shrink_vs_peers(found: dict[str, Any]) -> str:
+    """Test accuracy of every method at every share of the latency, a table a model."""
+    parts = []
+    for original in found["originals"]:
+        model = original["model"]
+        lines = [line for line in found["summary"] if line["model"] == model]
+        rows = [row for row in found["rows"] if row["model"] == model]
+        asked = {n: len({r["seed"] for r in rows if r["method"] == n}) for n in _methods(rows)}
+        cells = [
+            [n, seeds, *(_reached(line.get(n), seeds) for line in lines)]
+            for n, seeds in asked.items()
+        ]
+        ahead = [f"{100 * x['ahead_of_best']:+.1f}" if "ahead_of_best" in x else "" for x in lines]
+        cells.append(["espalier, ahead of the best of the others", "", *ahead])
+        head = ["", "seeds", *(f"{line['share']:.0%}" for line in lines)]
+        parts.append(f"**{model}**, {100 * original['test']:.1f}\n\n{table(head, cells)}")
+    return "\n\n".join(parts)
+
+
+def _methods(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Ours first, then by name."""
+    return sorted({r["method"] for r in rows}, key=lambda n: (not n.startswith("espalier"), n))
+
+
+def _reached(cell: dict[str, Any] | None, seeds: int) -> str:
+    """Mean accuracy, its span, the share of the latency; how many seeds have no such network."""
+    if cell is None:
+        return "can't"
+    span = f"{100 * cell['min']:.1f} to {100 * cell['max']:.1f}, {cell['ratio']:.0%}"
+    short = seeds - cell["seeds"]
+    return f"{100 * cell['test']:.1f} ({span})" + (f"; {short} can't" if short else "")
+
+
 def recipes(_: dict[str, Any]) -> str:
     """How often each recipe's check held."""
     lines = []
@@ -163,6 +196,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "one_shot_rank": ("one_shot_rank.json", one_shot_rank),
     "supernet_speed": ("supernet_speed.json", supernet_speed),
     "relax_quality": ("relax_quality.json", relax_quality),
+    "shrink_vs_peers": ("shrink_vs_peers.json", shrink_vs_peers),
     "recipes": ("", recipes),
 }
 

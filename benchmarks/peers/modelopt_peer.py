@@ -1,6 +1,7 @@
 """ModelOpt's FastNAS: one sensitivity map, then a search for each limit on FLOPs.
 
-Channels are multiples of 4, as its own multiple of 32 leaves nothing to decide in networks this small.
+Channels are multiples of what the first message says, as its own multiple of 32 leaves nothing to decide
+in networks this small.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from modelopt.torch.prune.fastnas import FastNASModeDescriptor
 from pruned import Pruning, Unreachable, serve
 from torch import nn
 
-_MULTIPLE = 4
 _SCORED = 512  # images of validation that a score is taken on
 _UNREACHABLE = "NOT all constraints can be satisfied"
 _BATCH, _BATCHES = 32, 50  # it keeps 50 batches for its batch norms, or warns
@@ -26,7 +26,9 @@ class FastNAS(Pruning):
 
     def __init__(self, begin: dict[str, Any]) -> None:
         super().__init__(begin)
-        self.checkpoint = Path(begin["folder"]) / f"fastnas-{begin['model']}-{self.seed}.pth"
+        self.checkpoint = (
+            Path(begin["folder"]) / f"fastnas-{begin['multiple']}-{begin['model']}-{self.seed}.pth"
+        )
         self.checkpoint.unlink(missing_ok=True)
         self.loader = self.batches(_BATCH, _BATCHES)
 
@@ -58,7 +60,7 @@ class FastNAS(Pruning):
             for rule in rules.values() if isinstance(rules, dict) else ():
                 for name in ("channel_divisor", "feature_divisor"):
                     if isinstance(rule, dict) and name in rule:
-                        rule[name] = _MULTIPLE
+                        rule[name] = self.begin["multiple"]
         return settings
 
     @torch.inference_mode()

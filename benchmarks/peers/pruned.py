@@ -1,12 +1,12 @@
 """What every pruning peer's script does: answers each message with the weights of a pruned network.
 
 Messages are lines of JSON on standard input. {"begin": {"file", "model", "weights", "data", "method",
-"seed", "folder"}} gives a Python file and the function in it that makes the model, an .npz of its
-state, an .npz of data (x_train, y_train, x_validation, y_validation, ready for the model), and where to
-write. {"amount": a} asks for a network with at most the share `a` of the model's multiply-accumulates;
-amounts fall, unless the peer finds any of them alone. The answer to either is {"state": path of an .npz,
-or null where there is no such network, "seconds": of work}. The caller makes the layers again from the
-shapes, measures and asks for another.
+"multiple", "seed", "folder"}} gives a Python file and the function in it that makes the model, an .npz of
+its state, an .npz of data (x_train, y_train, x_validation, y_validation, ready for the model), what widths
+are multiples of, and where to write. {"amount": a} asks for a network with at most the share `a` of the
+model's multiply-accumulates; amounts fall, unless the peer finds any of them alone. The answer to either
+is {"state": path of an .npz, or null where there is no such network, "seconds": of work}. The caller makes
+the layers again from the shapes, measures and asks for another.
 """
 
 from __future__ import annotations

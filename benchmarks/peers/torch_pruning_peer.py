@@ -15,7 +15,6 @@ from torch.nn import functional
 
 _STEPS = 100  # a step takes one percent of the channels
 _BATCH, _BATCHES = 128, 2
-_MULTIPLE = 4  # of channels: odd numbers of them are slow in the runtime
 _MOST = 0.95  # of a group: a layer without channels is no network
 
 
@@ -36,7 +35,7 @@ class TorchPruning(Pruning):
             max_pruning_ratio=_MOST,
             iterative_steps=_STEPS,
             ignored_layers=ends,
-            round_to=_MULTIPLE,
+            round_to=begin["multiple"],
         )
         self.done = 0
 
