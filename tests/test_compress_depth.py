@@ -165,3 +165,20 @@ def test_branches_without_such_a_method_and_with_activations_are_decisions():
         cut = bound(nn.Sequential(nn.Conv2d(1, 8, 1), block))
         assert cut.decisions[0].name == "depth:1"
         assert not any("become one layer" in i.reason for i in cut.ignored)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm that holds its activation as a child."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_norm_with_its_activation_is_no_block():
+    norms = [NormAct(8), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), *norms, nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
+    assert [d.name for d in bound(model).decisions] == ["depth:3"]

@@ -292,9 +292,11 @@ class _Finder:
 
     def _innermost(self, call: Call) -> bool:
         """A module with children, of which none has children with weights; or all of its branches
-        become one layer."""
+        become one layer. A norm that holds its activation is no block: it is as good as free."""
         if call.path in self._folding:
             return True
+        if all(p.numel() == max(p.shape, default=1) for p in call.module.parameters()):
+            return False
         children = list(call.module.children())
         deep = any(any(True for _ in g.parameters()) for c in children for g in c.children())
         return bool(children) and not deep
