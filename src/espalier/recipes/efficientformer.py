@@ -184,5 +184,9 @@ Both that network and the uniformly narrowed one are trained alone from fresh we
 Differs from the paper: what an action loses is counted in importance, also for widths, where the paper
 looks at accuracy; images and networks are small; there is no distillation. At smoke scale latency is a
 formula.
+
+Five seeds at the scale cpu: the check holds in all. The network takes 0.50 to 0.55 of the largest's latency, where 0.55 is the target, and is 1.1 to 3.5
+points more accurate than uniform widths at or below that latency. In a first run on the same seeds only one option was given back, and four networks
+ended 12% and more below the target; that was mended.
 """,
 )
