@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import espalier as esp
 from espalier.cli import app
+from espalier.cli.printing import print_explained
 from shrink_toys import Small, task, trained
 
 pytest.importorskip("ortools")
@@ -240,3 +241,14 @@ def test_a_function_of_shape_and_classes_is_called_with_them(own: Path) -> None:
     done = espalier("shrink", f"{own}:sized", "--task", f"{own}:task", "--explain", "--json")
     assert done.exit_code == 0, done.stderr
     assert Small(10).fc.out_features == 10
+
+
+def test_layers_left_alone_for_one_reason_are_told_together(capsys):
+    rows = [{"layers": [f"conv{i}"], "kind": "width", "reason": "tied"} for i in range(9)]
+    print_explained([*rows, {"layers": ["head"], "kind": "width", "reason": "output"}])
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("tied") == 1
+    assert "conv5" in told
+    assert "conv6" not in told
+    assert "3 more" in told
+    assert "output" in told

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+_SHOWN = 6  # names of layers that are left alone for one reason
+
 
 def print_explained(rows: list[dict[str, Any]]) -> None:
     """What can be decided, and what is left alone and why."""
@@ -19,12 +21,21 @@ def print_explained(rows: list[dict[str, Any]]) -> None:
             options = ", ".join(map(str, row["options"]))
             table.add_row(row["decision"], options, ", ".join(row["layers"]))
     console.print(table)
-    left = [row for row in rows if "reason" in row]
+    left: dict[tuple[str, str], list[str]] = {}  # kind and reason to layers
+    for row in rows:
+        if "reason" in row:
+            left.setdefault((row["kind"], row["reason"]), []).extend(row["layers"])
     if left:
         table = Table("left alone", "kind", "why", title_justify="left")
-        for row in left:
-            table.add_row(", ".join(row["layers"]), row["kind"], row["reason"])
+        for (kind, reason), layers in left.items():
+            table.add_row(_several(layers), kind, reason)
         console.print(table)
+
+
+def _several(names: list[str]) -> str:
+    """Names with commas; of many, the first and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names if more <= 1 else [*names[:_SHOWN], f"{more} more"])
 
 
 def print_found(result: dict[str, Any], page: Path, best: str = "found (best)") -> None:
