@@ -166,7 +166,7 @@ class MobileNet(nn.Module):
 def mobilenet() -> MobileNet:
     """A MobileNet for 16x16 images, 166k parameters; there are no trained weights of it.
 
-    Half as wide it takes 0.05 ms, of which a call of the runtime alone is a quarter.
+    Half as wide it takes 0.05 ms, and nothing that can be cut from it takes less than a quarter of that.
     """
     return MobileNet((32, 48, 80))
 

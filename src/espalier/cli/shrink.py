@@ -25,6 +25,8 @@ from espalier.cli.options import (
 from espalier.cli.printing import print_explained, print_found
 from espalier.errors import EspalierError
 
+_USUAL = "width,depth"
+
 
 def shrink(
     model: options.Model,
@@ -86,9 +88,6 @@ def shrink(
             return
         asked |= {"solver": solver, "on": runtime(device, threads, batch)}
         _shrunk(model, task, max_ or [], as_json, quiet, **asked)
-
-
-_USUAL = "width,depth"
 
 
 def _explained(

@@ -252,8 +252,8 @@ takes of the one before it and of eager torch; its accuracy is that of the file,
 images.
 
 Five seeds at the scale cpu: the check holds in four. The file takes 0.105 to 0.113 of eager torch's latency and no accuracy is lost; the
-product of the stages is within 8% of that in four seeds and 14% off in one, with other work on the machine. Almost all of it is
-fusion (0.16); pruning takes a quarter off that, integers a tenth more. Integers without pruning end as fast: on a network this small, pruned widths
+product of the stages is within 8% of that in four seeds and 14% off in one, with other work on the machine. Most of it is
+fusion (0.13 to 0.17); pruning takes 11 to 25% off that, integers 3 to 11% more. Integers without pruning end as fast: on a network this small, pruned widths
 and integers don't add up.
 """,
 )
