@@ -34,7 +34,7 @@ SOLVERS: Mapping[str, str] = {
 }
 _SAME = {"relax:dsa": "relax"}  # in studies
 _FEW = 64  # candidates that are all judged whole, rather than option by option
-_ENOUGH = 32  # images; below, the least harm of few candidates was worse than that of the program
+_ENOUGH = 32  # images: on a toy, the program chose better on 4 and 16, whole candidates from 64 on
 _SEARCH_SHARE = 0.3  # of the time, where a search has only a limit on time
 _SPARING = 1e-3  # of a middling harm: what a cut costs that seems to harm nothing
 _SLACK = 1.15  # the table may be off: what lies a little beyond a predicted limit is judged too
