@@ -18,10 +18,12 @@ from espalier.compress.language.cache.cuts import CacheBits, Spans
 from espalier.compress.language.cache.plan import Span
 from espalier.compress.language.cache.policy import Policy
 from espalier.compress.language.family import Language
+from espalier.compress.language.files.folder import read_folder, store_as
 from espalier.compress.language.shape.structure import Units
 from espalier.compress.language.weights.bits import WeightBits
 from espalier.compress.language.weights.sparse import SparseWeights
 from espalier.errors import ExportError
+from espalier.export.cached import CachedFiles
 from espalier.flows.language.latency import told_times
 from espalier.flows.language.out import Written, as_floats, told_bytes
 from espalier.flows.language.shrink import shrink_language
@@ -37,6 +39,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: Any = {"vocabulary": 256, "context": 80, "hidden": 16, "heads": 2, "width": 32}
     tiny("llama", groups=2, layers=1, **sizes).save_pretrained(root / "llama")
     tiny("mixtral", layers=1, **sizes).save_pretrained(root / "mixtral")
+    half = tiny("llama", groups=2, layers=1, **(sizes | {"hidden": 32, "width": 64}))
+    store_as(half, torch.bfloat16)
+    half.save_pretrained(root / "half")
     (root / "text.txt").write_text(TEXT)
     return root
 
@@ -104,6 +109,30 @@ def test_a_policy_is_read_again_and_writes_the_same_text(place: Path, cut: Any) 
     assert "make = Policy.load(folder)" in told
     assert ("after give(model, make.plans)" in told) == (cut.kind == "span")
     assert Policy.load(found.folder).plans == found.cache().plans
+
+
+def test_what_was_given_in_half_precision_is_written_so(place: Path) -> None:
+    cut = CacheBits(capacity=256)
+    found = shrunk(place, "half", "half cache", cut, {"kv_bytes": "80%@256"})
+    written = found.export()
+    assert read_folder(found.folder).stored == torch.bfloat16
+    assert written.tokens["transformers"] == 80 - 20
+    assert Policy.load(found.folder).bytes(256) == found.best.metrics["kv_bytes"].value
+
+
+def test_packed_weights_are_compared_before_the_folder_rounds_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exported(model: Any, *_: Any, packed: Any, **__: Any) -> CachedFiles:
+        assert packed
+        for name, own in packed.items():
+            assert torch.equal(model.get_parameter(name), own.values())
+        return CachedFiles({}, {}, {}, {})
+
+    monkeypatch.setattr("espalier.flows.language.out.export_cached", exported)
+    cut = WeightBits(options=(4,), method="nearest")
+    found = shrunk(place, "half", "half bits", cut, {"bytes": "80%"})
+    assert set(found.export().files) == {"transformers"}
 
 
 def test_a_policy_that_was_not_kept_as_it_was_is_refused(

@@ -19,7 +19,13 @@ pytest.importorskip("transformers")
 import transformers
 
 from espalier.compress.language.anatomy import KINDS
-from espalier.compress.language.files.folder import expressible, greedy, read_folder, save_folder
+from espalier.compress.language.files.folder import (
+    expressible,
+    greedy,
+    read_folder,
+    save_folder,
+    store_as,
+)
 from espalier.testing.language import tiny
 
 LONG = ("llama", "gemma2", "mixtral")  # 64 tokens are compared; fewer for the others, for time
@@ -191,7 +197,11 @@ def test_a_folder_that_computes_something_else_is_not_written(tmp_path: Path) ->
 
 
 def test_half_precision_and_the_type_asked_for(tmp_path: Path) -> None:
-    save_folder(tiny("llama", layers=1).to(torch.bfloat16), tmp_path / "half")
+    model = tiny("llama", layers=1)
+    turns = model.model.rotary_emb.inv_freq.clone()
+    store_as(model, torch.bfloat16)
+    assert torch.equal(model.model.rotary_emb.inv_freq, turns)  # as transformers loads it
+    save_folder(model, tmp_path / "half")
     assert read_folder(tmp_path / "half").stored == torch.bfloat16
     assert read_folder(tmp_path / "half").model().dtype == torch.float32
     assert read_folder(tmp_path / "half", dtype=None).model().dtype == torch.bfloat16

@@ -13,7 +13,7 @@ import torch
 from espalier.compress.language.anatomy import anatomy
 from espalier.compress.language.cache.policy import Policy, give
 from espalier.compress.language.cache.spans import release
-from espalier.compress.language.files.folder import expressible, greedy, save_folder
+from espalier.compress.language.files.folder import expressible, greedy, save_folder, store_as
 from espalier.compress.language.shape.surgery import empty
 from espalier.errors import ExportError
 from espalier.export import disk
@@ -60,16 +60,19 @@ def write_model(job: LanguageJob, candidate: Candidate, folder: Path) -> Written
     out = Written()
     reason = expressible(model)
     packed = packed_weights(job, candidate, model)
-    if reason is None:
+    if packed or reason is not None:
+        _onnx(job, model, folder, packed, reason is not None, out)
+    if reason is None:  # last: it rounds the model to what the folder stores
         _transformers(job, model, folder, out)
     else:
         out.notes.append(f"No configuration of transformers can say this model: {reason}.")
-    if packed or reason is not None:
-        _onnx(job, model, folder, packed, reason is not None, out)
     out.counted = round(job.price(candidate)["bytes"].value)
     bound = next((x.bound for x in job.limits if x.metric == "bytes"), None)
     out.notes += told_bytes(out, bool(packed), as_floats(job, candidate), bound)
     if policy is not None:
+        if reason is None:  # the folder's model has the folder's numbers, in the cache too
+            store_as(whole, job.folder.stored)
+            policy = policy.in_numbers(job.folder.stored.itemsize)
         _policy(job, whole, policy, folder, out)
         if "onnx" in out.files:
             out.notes.append(
@@ -171,9 +174,9 @@ def same_text(model: Any, policy: Any, loaded: Any, ids: torch.Tensor) -> tuple[
 
 
 def _transformers(job: LanguageJob, model: Any, folder: Path, out: Written) -> None:
-    stored = model if job.folder.stored == model.dtype else model.to(job.folder.stored)
-    saved = save_folder(stored, folder, job.folder.path, was=job.folder.config)
-    model.to(job.folder.dtype)
+    store_as(model, job.folder.stored)
+    saved = save_folder(model, folder, job.folder.path, was=job.folder.config)
+    store_as(model, job.folder.dtype)
     out.files["transformers"] = next(f for f in saved.files if f.suffix == ".safetensors")
     out.differences["transformers"] = saved.difference
     out.tokens["transformers"] = saved.tokens

@@ -13,6 +13,7 @@ from espalier.compress.language.files.configuration import expressible as expres
 from espalier.compress.language.files.saving import Saved as Saved
 from espalier.compress.language.files.saving import greedy as greedy
 from espalier.compress.language.files.saving import save_folder as save_folder
+from espalier.compress.language.files.saving import store_as as store_as
 from espalier.compress.language.files.stored import (
     few,
     first_line,

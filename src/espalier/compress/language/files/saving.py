@@ -168,6 +168,15 @@ def greedy(model: Any, prompt: Tensor, count: int, cache: Any = None) -> Tensor:
     return torch.cat(found, 1)
 
 
+@torch.no_grad()
+def store_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts what a folder holds of a model in a type, in place. What is made from the configuration
+    (rotary frequencies) stays as it is: `transformers` makes it anew in full when it loads."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def _without(model: Any, gone: tuple[int, ...]) -> Any:
     """The model, or one without the layers `gone` that shares its weights."""
     if not gone:
