@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from espalier.cli import app
 from espalier.compress.language.family import Language
 from espalier.compress.language.shape.structure import SubLayers, Units
 from espalier.flows.language.harm import MEASURES, LanguageHarm
+from espalier.flows.language.job import LanguageJob
+from espalier.problem import SearchBudget
 from espalier.testing.language import tiny
 from espalier.train.seeds import generator
 
@@ -59,6 +62,27 @@ def test_each_measure_is_its_formula(family: Language, windows: torch.Tensor) ->
     assert logits.grad is not None
     wanted = ((after - before).square() * logits.grad.square()).sum(-1).mean()
     assert found["gradient"] == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_windows_are_as_many_as_options_alone_leave_time_for(
+    family: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes = {"attention": 1.0, "feed": 1.0, "units": 2.0}  # seconds on four windows
+    ids = torch.randint(64, (64, 13), generator=generator(1))
+    task: Any = SimpleNamespace(
+        size=lambda split: 64, windows=lambda split, most=None: ids[:most], context=12
+    )
+    job: Any = object.__new__(LanguageJob)
+    job.family, job.task, job.measure = family, task, "divergence"
+    job.budget = SearchBudget(240)  # 30% are 12 s for each of 6 options
+
+    def timed(work: Any) -> float:
+        (candidate,) = work.args
+        changed = [d for d in family.space.decisions if candidate.get(d.name) == d.options[0]]
+        return takes[changed[0].name.partition(":")[0]]
+
+    monkeypatch.setattr("espalier.flows.language.job._timed", timed)
+    assert job._affordable() == {"count": 36, "mended": True}  # 8 s for all six
 
 
 @pytest.mark.parametrize("measure", MEASURES)

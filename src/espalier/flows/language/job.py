@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from espalier.compress.language.files.folder import Folder
 from espalier.compress.language.repair.refit import Reconstruction
 from espalier.flows.finals import Entry
+from espalier.flows.language.building import LATE
 from espalier.flows.language.harm import LanguageHarm, loss_of
 from espalier.flows.language.reproducing import Asked
 from espalier.flows.measuring import Measuring
@@ -19,7 +21,7 @@ from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display
 from espalier.problem import Limit, Reading, SearchBudget
 from espalier.solvers.allocate import Factor, Profile, profile
-from espalier.space import Candidate
+from espalier.space import Candidate, Decision
 from espalier.study import Study
 from espalier.tasks.tokens import TokenText
 
@@ -130,15 +132,40 @@ class LanguageJob(Measuring):
             return {"count": most, "mended": True}
         few = self.task.windows("train", min(_LEAST_WINDOWS, most))
         plain = LanguageHarm(self.family, few, self.measure)
-        plain.judged(self.smallest())  # the original's logits are computed here
+        plain.judged(self.family.original)  # the original's logits are computed here
         whole = _PROFILE * self.budget.seconds / max(self.options, 1)
-        seconds = _timed(lambda: plain.judged(self.smallest()))
-        mending = LanguageHarm(self.family, few, self.measure, self._mend())
-        more = _timed(lambda: mending.judged(self.smallest())) - seconds
-        mended = more <= _MENDING * whole
+        seconds, more = self._seconds(plain), 0.0
+        if mended := seconds < whole:
+            mending = LanguageHarm(self.family, few, self.measure, self._mend())
+            more = max(self._seconds(mending) - seconds, 0.0)
+            mended = more <= _MENDING * whole
         left = whole - (more if mended else 0.0)
         count = int(np.clip(len(few) * left / seconds, len(few), most))
         return {"count": count, "mended": mended}
+
+    def _seconds(self, harm: LanguageHarm) -> float:
+        """What an option takes to judge, the mean over all: one of each kind is timed."""
+        kinds: dict[str, list[Decision]] = {}
+        for decision in self.family.space.decisions:
+            kinds.setdefault(decision.name.partition(":")[0], []).append(decision)
+        spent = 0.0
+        for kind, own in kinds.items():
+            first, last = (self._alone(d) for d in (own[0], own[-1]))
+            if kind in LATE:
+                harm.judged(first)  # the inputs of all places are read here
+            spent += _timed(partial(harm.judged, last)) * sum(d.count - 1 for d in own)
+        return spent / max(self.options, 1)
+
+    def _alone(self, decision: Decision) -> Candidate:
+        """The original but for one decision at its first option, as far as the space's rules allow."""
+        space = self.family.space
+        code = space.corner(last=True)
+        code[0, space.names.index(decision.name)] = 0
+        rows = space.canonical(code)
+        found: Candidate = space.decode(rows if space.valid(rows)[0] else space.corner(last=True))[
+            0
+        ]
+        return found
 
     def smallest(self) -> Candidate:
         """Every first option, as far as the space's rules allow."""
