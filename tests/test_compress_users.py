@@ -37,6 +37,18 @@ class NormAct(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class Holding(nn.BatchNorm2d):
+    """A norm that holds its activation as a module and computes without torch's own forward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.drop, self.act = nn.Identity(), nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(self.drop(x))
+
+
 class Inverted(nn.Module):
     """ConvNeXt's block: depthwise, then two linear layers on channels that come last."""
 
@@ -145,6 +157,10 @@ MODELS = {
         *(nn.Conv2d(3, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1, groups=3)),
         *(nn.BatchNorm2d(24), nn.ReLU(), *head(24)),
     ),
+    "holding": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), Holding(16), nn.Conv2d(16, 24, 1), Holding(24)),
+        *head(24),
+    ),
 }  # fmt: skip
 
 
@@ -189,6 +205,17 @@ def test_a_norm_of_channels_first_takes_what_the_convolution_before_it_gives() -
         module, shape = family.unit("0", {**family.original, "width:0": width.options[0]})
         assert [type(m) for m in module][:2] == [nn.Conv2d, ChannelsFirst]
         assert module(torch.randn(1, *shape)).shape[1] == width.options[0] < width.options[-1]
+
+
+def test_a_norm_that_holds_its_activation_is_one_piece_with_its_convolution() -> None:
+    family = family_of("holding")
+    assert [u.name for u in family.units()] == ["0", "2", "6"]
+    thin = {d.name: d.options[0] for d in family.space.decisions}
+    module, shape = family.unit("0", {**family.original, **thin})
+    assert [type(m) for m in module] == [nn.Conv2d, Holding]
+    whole = family.build({**family.original, **thin})
+    x = torch.randn(1, *shape)
+    assert torch.equal(module(x), whole[1](whole[0](x)))
 
 
 def test_a_turned_norm_is_a_piece_of_its_own() -> None:

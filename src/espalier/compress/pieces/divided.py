@@ -45,12 +45,19 @@ class Division:
         self._last: Call | None = None
         self.pieces: list[Piece] = []
         wholes = self._wholes()
-        for i, call in enumerate(run.calls):
+        for i in range(len(run.calls)):
             if i in wholes:
                 self._add("call", i)
-            elif not any(run.within(i, j) for j in wholes) and _leaf(call.module):
+            elif not any(run.within(i, j) for j in wholes) and self._is_layer(i):
                 self._leaf(i)
         self._hold()
+
+    def _is_layer(self, index: int) -> bool:
+        """A leaf, or the outermost of what holds weights of its own and none below: a norm with
+        its activation is one layer, as runtimes fuse both."""
+        call = self._run.calls[index]
+        inside = call.parent >= 0 and _weighs_alone(self._run.calls[call.parent].module)
+        return not inside and (_leaf(call.module) or _weighs_alone(call.module))
 
     def _wholes(self) -> set[int]:
         """The outermost calls that multiply outside of leaf layers."""
@@ -119,6 +126,13 @@ def _handed_on(before: Call, after: Call) -> bool:
 
 def _leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
+
+
+def _weighs_alone(module: nn.Module) -> bool:
+    """Whether a module's own weights are all that it and its children hold."""
+    own = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
+    below = (*module.parameters(), *module.buffers())
+    return bool(below) and all(id(t) in own for t in below)
 
 
 def told(layer: nn.Module, shape: Shape, places: tuple[int, ...] | None) -> Shape | None:

@@ -9,7 +9,7 @@ shape is looked up on a model built with the few decisions that change it.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -101,8 +101,10 @@ class Units:
     def _alone(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
         if piece.kind == "chain":
             return self._chained(piece, candidate)
+        if piece.kind == "held":
+            return self._held(piece, candidate)
         choices = {d: candidate.get(d, self._original[d]) for d in piece.decisions}
-        return self._held(piece, choices) if piece.kind == "held" else self._called(piece, choices)
+        return self._called(piece, choices)
 
     # --- what decides a piece --------------------------------------------------------------------
 
@@ -158,18 +160,25 @@ class Units:
         self, path: str, shape: Shape, candidate: Choices
     ) -> tuple[nn.Module | None, Shape | None]:
         """A leaf layer under the candidate, and its input's shape where it tells that."""
-        layer: nn.Module | None = self._model.get_submodule(path)
-        assert layer is not None
-        places = places_of(layer, shape)
-        taken = told(layer, shape, places)
-        for cut, layers in zip(self._cuts, self._layers, strict=True):
-            if names := layers.get(path):
-                choices = {n: candidate.get(n, self._original[n]) for n in names}
-                layer = cut.slice(path, layer, choices)
-                if layer is None:
-                    return None, None
-                taken = told(layer, shape, places) or taken
+        original = self._model.get_submodule(path)
+        places = places_of(original, shape)
+        layer: nn.Module | None = original
+        taken: Shape | None = None
+        for layer in self._stages(path, candidate):
+            if layer is None:
+                return None, None
+            taken = told(layer, shape, places) or taken
         return layer, taken
+
+    def _stages(self, path: str, candidate: Choices) -> Iterator[nn.Module | None]:
+        """A module, then as each cut of it leaves it; None at last where it is left out."""
+        module: nn.Module | None = self._model.get_submodule(path)
+        yield module
+        for cut, layers in zip(self._cuts, self._layers, strict=True):
+            if module is not None and (names := layers.get(path)):
+                choices = {n: candidate.get(n, self._original[n]) for n in names}
+                module = cut.slice(path, module, choices)
+                yield module
 
     def _looked_up(self, piece: Piece, place: int, candidate: Choices) -> Shape | None:
         """The input's shape of a layer that does not tell it, on a model built for it."""
@@ -193,14 +202,12 @@ class Units:
         x = main_tensor(call)
         return AsCalled(module, call.args, call.kwargs, x), tuple(x.shape[1:])
 
-    def _held(self, piece: Piece, choices: Choices) -> tuple[nn.Module, Shape] | None:
-        try:
-            module = self._run(choices).model.get_submodule(piece.paths[0])
-        except AttributeError:
+    def _held(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
+        path = piece.paths[0]
+        *_, module = self._stages(path, candidate)
+        if module is None or emptied(self._model.get_submodule(path), module):
             return None
-        if emptied(self._model.get_submodule(piece.paths[0]), module):
-            return None
-        return Held(self._own(module, piece.paths[0], False)), (1,)
+        return Held(self._own(module, path, False)), (1,)
 
     def _own(self, module: nn.Module, path: str, again: bool) -> nn.Module:
         """The module; weights that an earlier one holds are turned into what is not counted."""
