@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from espalier.compress.language.anatomy import KINDS, anatomy
 from espalier.compress.language.shape import surgery
+from espalier.compress.language.shape.surgery import keep_hidden
 from espalier.costs.language import LanguageCounts
 from espalier.costs.language_times import Generation
 from espalier.space import Space, ordinal
@@ -42,6 +43,20 @@ def cost(counts: LanguageCounts, **chosen: Any) -> dict[str, float]:
                 row[0, place] = decision.options.index(option)
     priced = counts.estimate_codes(row)
     return {name: float(priced[name][0]) for name in priced}
+
+
+def test_a_table_that_is_narrower_than_the_hidden_states_keeps_its_width() -> None:
+    model = tiny("opt", word_embed_proj_dim=16)
+    counted = cost(LanguageCounts(family(model)), hidden=16)["params"]
+    keep_hidden(model, range(16))
+    assert counted == model.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_sliding_window_bounds_the_cache(kind: str) -> None:
+    model = tiny(kind, sliding_window=12)  # 2 layers, 2 groups of 8 channels
+    counts = LanguageCounts(family(model), context=40)
+    assert cost(counts)["kv_bytes"] == 2 * 2 * 2 * 8 * 12 * 4
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

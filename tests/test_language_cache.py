@@ -375,3 +375,36 @@ def test_what_is_counted_is_what_is_held(kind: str, tokens: torch.Tensor) -> Non
         assert policy.bytes(41) >= (0.9 if len(chosen) == 3 else 1.0) * counted
         own = teacher_forced(network, tokens, policy)
         assert own == pytest.approx(teacher_forced(network, tokens, policy, chunk=1), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_spans_count_for_the_heads_that_stay_and_never_above_a_sliding_window(
+    kind: str, tokens: torch.Tensor
+) -> None:
+    model = tiny(kind, **({"sliding_window": 12} if kind == "mistral" else {}))
+    order = {f"model.layers.{i}": torch.tensor([0.0, 1.0]) for i in range(2)}  # the second stays
+    family = Language(model, tokens, (Spans((Span(3), Span(20))), Heads(scores=order)))
+    counts = LanguageCounts(family, context=41, held=held(family.cuts, 4, 41))
+    span = "span:model.layers"
+    choices: list[dict[str, Any]] = [
+        {f"{span}.0.0": "3"},  # of one group only
+        {f"{span}.0.0": "3", "heads:model.layers.0": 1},  # which then goes
+        {f"{span}.0.1": "3", "heads:model.layers.0": 1},
+        {f"{span}.0.0": "20", f"{span}.0.1": "3"},
+    ]
+    for chosen in choices:
+        candidate = family.space.candidate({**family.original, **chosen})
+        network, policy = family.build(candidate), family.cache(candidate)
+        assert isinstance(policy, Policy)
+        cache = policy()
+        for ids in tokens[:1].split(1, 1):
+            network(input_ids=ids, past_key_values=cache)
+        counted = float(counts.estimate([candidate])["kv_bytes"][0])
+        assert cache.peak <= policy.bytes(41) <= counted
+        token = 2 * 2 * 8 * 4  # a layer's of which nothing is decided may hold one more
+        assert counted - policy.bytes(41) <= (2 * token if kind == "mistral" else 0)
+    plain = LanguageCounts(family, context=41)
+    assert (
+        counts.estimate([family.original])["kv_bytes"]
+        == plain.estimate([family.original])["kv_bytes"]
+    )

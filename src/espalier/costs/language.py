@@ -152,6 +152,8 @@ class LanguageCounts(CodeCost):
                 continue
             own = [n for k in CACHED if (n := f"{k}:{part.layer}") in self.space.names]
             spans = [n for n in self.space.names if n.startswith(f"span:{part.layer}.")]
+            if spans and (which := f"window:{part.layer}.heads") in self.space.names:
+                own.append(which)
             # each group of heads may look as far as it likes: a table for each
             whole: list[str | None] = [None]
             for span in spans or whole:

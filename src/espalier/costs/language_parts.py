@@ -169,7 +169,7 @@ class _Reading:
             tuple(matrices),
             cache=self.axis(found.groups, "heads", layer, found.groups),
             head=found.head,
-            window=self.window(found),
+            window=sliding_window(self.model, found),
         )
 
     def head_norms(self, found: Attention, queries: Axis, groups: Axis) -> Iterator[Matrix]:
@@ -215,7 +215,8 @@ class _Reading:
             if path is None or f"{path}.weight" not in self.numbers or not a.vocabulary:
                 continue
             size = self.numbers[f"{path}.weight"]
-            side = self.hidden if size % a.width == 0 else Axis(size // a.vocabulary)
+            wide = size == a.vocabulary * a.width  # OPT may have a narrower table
+            side = self.hidden if wide else Axis(size // a.vocabulary)
             bits = f"bits:{path}" if f"bits:{path}" in self.space.names else None
             count = Axis(size // side.whole)
             yield Part(name, "", (), (Matrix((count, side), bits),))
@@ -249,12 +250,15 @@ class _Reading:
             found.append(names[0] if names else None)
         return found[0], found[1]
 
-    def window(self, found: Attention) -> int | None:
-        module = self.model.get_submodule(found.path)
-        size = getattr(module, "sliding_window", None)
-        if size is None and getattr(self.model.config, "model_type", "") == "mistral":
-            size = getattr(self.model.config, "sliding_window", None)
-        return int(size) if size else None
+
+def sliding_window(model: Any, attention: Attention) -> int | None:
+    """Tokens that an attention sees by the model's own design; None where it sees all."""
+    module, config = model.get_submodule(attention.path), model.config
+    kinds = getattr(config, "layer_types", None)
+    whole = kinds is not None and kinds[module.layer_idx] != "sliding_attention"
+    default = None if whole else getattr(config, "sliding_window", None)
+    size = getattr(module, "sliding_window", default)
+    return int(size) if size else None
 
 
 def _numel(matrix: Matrix) -> int:

@@ -21,7 +21,7 @@ from espalier.compress.language.cache.low_rank import (
     tuned,
 )
 from espalier.compress.language.cache.plan import OWN, Plan, Span, both, grown
-from espalier.compress.language.cache.policy import Policy, give, sliding
+from espalier.compress.language.cache.policy import Policy, give, slid, sliding
 from espalier.errors import EspalierError, unknown
 from espalier.space import Decision, ordinal
 from espalier.space.options import Option
@@ -270,28 +270,37 @@ def held(cuts: Iterable[Any], own: int, length: int) -> Callable[[Choices, int, 
     tokens) -> bytes`, the most of one sequence at any step up to `length` tokens, of a model whose
     numbers have `own` bytes. The decisions are those of one layer.
 
-    Of spans, options name at most one group, and all are counted as if they were like it: a layer's
-    bytes are the mean over its groups of what each gives. (Tokens are those that a layer sees at
-    most; a sliding one's are known here.)
+    Of spans, options name at most one group. What it holds is given for all groups that the layer
+    had, nothing where its heads are cut away: a layer's bytes are the mean over these. (Tokens are
+    those that a layer sees at most; a sliding one's are known here.)
     """
-    inner = [getattr(cut, "bound", cut) for cut in cuts]
+    given = list(cuts)
+    inner = [getattr(cut, "bound", cut) for cut in given]
     bound = [cut for cut in inner if isinstance(cut, BoundCache)]
+    heads = next((c for c in given if getattr(getattr(c, "bound", c), "kind", "") == "heads"), None)
     known: dict[Any, float] = {}
 
     def count(options: Choices, groups: int, head: int, tokens: int) -> float:
-        plan, slides = Plan(), 0
+        plan, slides, spanned = Plan(), 0, ""
         for cut in bound:
             mine = {d.name: options[d.name] for d in cut.decisions if d.name in options}
             for name in mine:
                 path = name.partition(":")[2]
-                slides = slides or cut.windows.get(
-                    path, cut.windows.get(path.rpartition(".")[0], 0)
-                )
+                if isinstance(cut, BoundSpans):
+                    spanned, path = path, path.rpartition(".")[0]
+                    whole, sinks = cut.owners[path].groups, cut.basis.sinks
+                slides = slides or cut.windows.get(path, 0)
             for found in cut.plans(mine).values():
                 plan = both(plan, found)
-        spans = [span for span in plan.spans if span is not None]
-        spans = spans or ([Span(slides)] if slides else [])
-        plan = replace(plan, spans=(spans[0],) * groups if spans else ())
+        decided = not plan.plain
+        if own_span := tuple(span for span in plan.spans if span is not None):
+            plan = replace(plan, spans=own_span * groups)
+        elif spanned and plan.coded:  # another group of the layer may ask for more first tokens
+            plan = replace(plan, sinks=max(plan.sinks, sinks))
+        if slides and decided:
+            plan = slid(plan, slides, groups)
+        elif slides:  # transformers' own holds one more
+            plan = Plan(spans=(Span(slides),) * groups, sinks=1)
         ranks = [None if f is None else f.rank for f in (plan.keys, plan.values)]
         key = (
             *ranks,
@@ -301,6 +310,17 @@ def held(cuts: Iterable[Any], own: int, length: int) -> Callable[[Choices, int, 
         )
         if key not in known:
             known[key] = float(grown(plan, groups, head, own).peak(length, groups, head, own))
-        return known[key]
+        if not spanned or plan.low_rank:  # factors keep all groups together
+            return known[key]
+        return 0.0 if _cut_away(heads, options, spanned) else known[key] / groups * whole
 
     return count
+
+
+def _cut_away(heads: Any, options: Choices, place: str) -> bool:
+    """Whether a group of heads ("model.layers.3.0") is not among those that stay."""
+    if heads is None:
+        return False
+    own = heads.apart(options) if hasattr(heads, "apart") else options
+    slices, (path, _, group) = getattr(heads, "bound", heads), place.rpartition(".")
+    return path in slices.order and int(group) not in slices.kept(path, own)

@@ -15,6 +15,7 @@ from espalier.compress.language.anatomy import anatomy
 from espalier.compress.language.cache.low_rank import Factors, Rotation
 from espalier.compress.language.cache.plan import Plan, Span, both, grown
 from espalier.compress.language.cache.spans import PLAN, hold
+from espalier.costs.language_parts import sliding_window
 from espalier.errors import DataError, EspalierError, MissingExtra
 
 _FILE, _TENSORS = "cache_policy.json", "cache_factors.safetensors"
@@ -40,36 +41,36 @@ def give(model: nn.Module, plans: Mapping[str, Plan]) -> None:
     their window then. Errors: `EspalierError`.
     """
     owners = {layer.path: layer.attention for layer in anatomy(model).layers}
-    slides = {path: Plan(spans=(Span(n),), sinks=0) for path, n in sliding(model).items()}
-    for path, plan in [*plans.items(), *(slides.items() if plans else ())]:
+    slides = sliding(model) if plans else {}
+    for path in dict.fromkeys([*plans, *slides]):
         if (attention := owners.get(path)) is None:
             raise EspalierError(f"a cache plan for {path}, whose attention is not there")
         module: Any = model.get_submodule(attention.path)
-        known = getattr(module, PLAN, None)
-        if path in slides and plan is slides[path]:
-            if known is not None and any(known.spans):
-                continue
-            plan = replace(plan, spans=plan.spans * attention.groups)
+        plan, known = plans.get(path), getattr(module, PLAN, None)
+        if plan is not None and known is not None:
+            plan = both(known, plan)
+        plan = plan or known or Plan()
+        if path in slides:
+            plan = slid(plan, slides[path], attention.groups)
         plan.bundles(attention.groups)
-        setattr(module, PLAN, plan if known is None else both(known, plan))
+        setattr(module, PLAN, plan)
         if any(plan.spans):
             hold(model, attention)
 
 
+def slid(plan: Plan, window: int, groups: int) -> Plan:
+    """The plan of an attention that sees only `window` tokens by itself: no group of heads holds
+    more, and first tokens are not kept, as the model's own mask hides them."""
+    spans = plan.spans or (None,) * groups
+    own = (Span(window) if s is None or s.fixed > window else s for s in spans)
+    return replace(plan, spans=tuple(own), sinks=0)
+
+
 def sliding(model: nn.Module) -> dict[str, int]:
     """Layer path -> tokens, of attentions that see only so many by the model's own design."""
-    config: Any = model.config
-    found = {}
-    for layer in anatomy(model).layers:
-        if layer.attention is None:
-            continue
-        module: Any = model.get_submodule(layer.attention.path)
-        kinds = getattr(config, "layer_types", None)
-        whole = kinds is not None and kinds[module.layer_idx] != "sliding_attention"
-        default = None if whole else getattr(config, "sliding_window", None)
-        if window := getattr(module, "sliding_window", default):
-            found[layer.path] = int(window)
-    return found
+    owners = {layer.path: layer.attention for layer in anatomy(model).layers}
+    found = {path: sliding_window(model, a) for path, a in owners.items() if a is not None}
+    return {path: window for path, window in found.items() if window is not None}
 
 
 @dataclass(frozen=True, eq=False)
