@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.compress.coupling import proof
 from espalier.compress.coupling.groups import Group
 from espalier.compress.coupling.labelling import outputs
 from espalier.compress.importance import scores
@@ -178,6 +179,25 @@ class SelfAttention(nn.Module):
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
 
 
+class Biased(nn.Module):
+    """As LeViT's: a bias for each of four heads, which are as many as the channels of each key; a
+    condition keeps it from being traced."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim, self.val_attn_dim = heads, 4, 8, 8 * heads
+        self.qkv, self.proj = nn.Linear(width, 16 * heads), nn.Linear(8 * heads, width)
+        self.bias = nn.Parameter(torch.randn(heads, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        parts = self.qkv(x).view(b, n, self.num_heads, -1)
+        q, k, v = parts.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) + self.bias[:, :, None]
+        y = (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
+        return self.proj(y.reshape(b, n, self.val_attn_dim if x.norm() >= 0 else 0))
+
+
 class GroupedQueries(nn.Module):
     """Four heads of queries on two of keys and values, with rotary embedding."""
 
@@ -241,6 +261,7 @@ class Transformer(nn.Module):
 
 HEADS = {
     SelfAttention: ("attention.qkv", 4),
+    Biased: ("attention.qkv", 4),
     GroupedQueries: ("attention.q", 2),
     OneKey: ("attention.q", 4),
 }
@@ -456,6 +477,25 @@ def test_what_can_not_be_cut_is_left_alone_and_said() -> None:
     bound = Widths().bind(Hard(), torch.randn(2, 3, 2, 2))
     assert not bound.groups
     assert any(i.layer == "a" and i.reason.startswith("a cut model") for i in bound.ignored)
+
+
+def test_one_group_at_fault_is_found_by_halves_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reshaped(nn.Module):  # to a size written into code that can't be traced
+        def __init__(self, fixed: bool) -> None:
+            super().__init__()
+            self.fixed, self.a, self.b = fixed, nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x.reshape(-1, 8 if self.fixed and x.norm() >= 0 else x.shape[1]))
+
+    tried, fault = [], proof._fault
+    monkeypatch.setattr(proof, "_fault", lambda *given: tried.append(given) or fault(*given))
+    blocks = [Reshaped(fixed=i == 9) for i in range(16)]
+    bound = Widths().bind(nn.Sequential(*blocks, nn.Linear(8, 3)), torch.randn(2, 8))
+    assert len(bound.groups) == 31
+    assert [i.layer for i in bound.ignored if i.reason.startswith("a cut model")] == ["9.a"]
+    assert len(tried) < 20
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +112,18 @@ def _resize_other(module: nn.Module, before: dict[str, tuple[int, ...]]) -> None
     for name, shape in before.items():
         for old, new in zip(shape, getattr(module, name).shape, strict=True):
             changed.setdefault(old, set()).add(new)
-    for name, value in list(vars(module).items()):
-        listed = isinstance(value, (tuple, list)) and len(value) == 1  # a normalized_shape
-        size = value[0] if listed else value
+    found: dict[int, list[str]] = {}
+    for name, value in vars(module).items():
+        size = value[0] if _listed(value) else value
         if type(size) is int and len(changed.get(size, ())) == 1:
-            new = next(iter(changed[size]))
-            setattr(module, name, type(value)((new,)) if listed else new)
+            found.setdefault(size, []).append(name)
+    for size, names in found.items():
+        # as many channels a head as heads: a tensor of the module's own has a row a head
+        for name in [n for n in names if "head" in n and "dim" not in n] or names:
+            value, new = getattr(module, name), next(iter(changed[size]))
+            setattr(module, name, type(value)((new,)) if _listed(value) else new)
+
+
+def _listed(value: Any) -> bool:
+    """Whether it is one number in a list, as a normalized_shape."""
+    return isinstance(value, (tuple, list)) and len(value) == 1

@@ -46,13 +46,29 @@ def proven(
     if not _fault(model, example, likely):
         return likely, ignored
     sound: list[Group] = []
-    for group in likely:
-        fault = _fault(model, example, [*sound, group])
-        if fault:
-            ignored.append(Ignored(group.name, "width", fault))
-        else:
-            sound.append(group)
+    for half in _halves(likely):
+        ignored += _added(model, example, sound, half)
     return sound, ignored
+
+
+def _added(
+    model: nn.Module, example: Tensor, sound: list[Group], more: Sequence[Group]
+) -> list[Ignored]:
+    """Adds to `sound` the groups that can be cut beside it; the others, and why not. Few are at
+    fault as a rule, so halves are tried before single groups."""
+    fault = _fault(model, example, [*sound, *more])
+    if not fault:
+        sound += more
+        return []
+    if len(more) == 1:
+        return [Ignored(more[0].name, "width", fault)]
+    return [row for half in _halves(more) for row in _added(model, example, sound, half)]
+
+
+def _halves(groups: Sequence[Group]) -> list[Sequence[Group]]:
+    """The groups in two parts, in order; those without any are left out."""
+    middle = len(groups) // 2
+    return [half for half in (groups[:middle], groups[middle:]) if half]
 
 
 def _kind(model: nn.Module, group: Group) -> tuple[str, ...]:
@@ -95,7 +111,9 @@ def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]
     around = sorted(
         {p.rpartition(".")[0] for p in paths if p} | {p for p in paths if _owner(modules[p])}
     )
-    totals = {m.rows.numel() for m in group.members}
+    # one place a head, as in a bias by heads, counts heads and no channels
+    wide = [m for m in group.members if m.rows.shape[1] > 1 or not group.heads]
+    totals = {m.rows.numel() for m in wide}
     heads, sizes = [], []
     for path in around:
         for name, value in _whole_numbers(modules[path]):
