@@ -229,6 +229,7 @@ def espalier(*words: str | Path) -> Any:
         ("", ("--max", "bytes=20kB"), "is below the table of tokens: 32,768 bytes of embedding"),
         ("", ("--max", "bytes=60%", "--decisions", "widths"), "unknown kind of decision"),
         ("", ("--max", "bytes=60%", "--solver", "relax"), "leave out --solver"),
+        ("", ("--budget", "500 trials"), "not in trials: 500 trials"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -259,6 +260,15 @@ def test_bad_input_is_one_line(
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out" / "ledger.sqlite").exists()
+
+
+def test_what_is_gone_on_with_has_a_folder(place: Path) -> None:
+    done = espalier(
+        "shrink", place / "llama", "--text", place / "text.txt", "--max", "bytes=60%", "--resume"
+    )
+    assert done.exit_code == 2, done.output
+    assert "give it as out (--out DIR)" in done.stderr
+    assert espalier("shrink", place / "llama", "--seed", "-1").exit_code == 2
 
 
 def test_a_text_is_asked_for_and_only_for_language_models(place: Path) -> None:

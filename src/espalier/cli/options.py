@@ -14,7 +14,7 @@ from espalier.errors import EspalierError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the answer.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same study, on the same machine.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same study, on the same machine.")]
 Device = Annotated[str, typer.Option(help="Where ONNX Runtime runs: cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that ONNX Runtime may use.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size that latency is measured at.")]

@@ -17,7 +17,7 @@ from espalier.compress.language.family import Language
 from espalier.compress.language.files.folder import Folder, read_folder
 from espalier.costs.language import LanguageCounts
 from espalier.costs.language_times import TIMES, Generation
-from espalier.errors import BudgetError, DataError, EspalierError, unknown
+from espalier.errors import BudgetError, DataError, EspalierError, StudyError, unknown
 from espalier.flows.language.curve import curve
 from espalier.flows.language.cuts import language_cuts
 from espalier.flows.language.generating import generation
@@ -110,7 +110,9 @@ def shrink_language(
     if not (decisions is None or isinstance(decisions, str)):
         decisions = tuple(decisions)
     wanted = Asked(asked, decisions, repair, baselines, threads, windows)
-    spend = SearchBudget.parse(budget)
+    spend = _budget(budget)
+    if resume and out is None:
+        raise StudyError("a study that is gone on with has a folder: give it as out (--out DIR)")
     folder = read_folder(model)
     _check_kind(folder)
     task = _text(folder, text, context, windows, seed)
@@ -240,6 +242,15 @@ def explain_language(
 
 
 # --- what is given -----------------------------------------------------------------------------
+
+
+def _budget(given: str | float | SearchBudget) -> SearchBudget:
+    spend = SearchBudget.parse(given)
+    if spend.trials is not None:
+        raise BudgetError(
+            f"a language model is shrunk in a time, like 10min, not in trials: {spend}"
+        )
+    return spend
 
 
 def _check_kind(folder: Folder) -> None:

@@ -159,18 +159,13 @@ class Policy:
     def within(self, tokens: int) -> Policy:
         """The policy whose growing caches are for texts of so many tokens: at the end of a short text
         they are as full, and in as few bits, as these are at the end of a long one."""
-        return self._anew(self.own, capacity=tokens)
+        plans = {p: replace(x, capacity=tokens) for p, x in self.plans.items() if x.capacity}
+        return replace(self, plans={**self.plans, **plans}).in_numbers(self.own)
 
     def in_numbers(self, own: int) -> Policy:
         """The policy of the same model in numbers of `own` bytes: a growing cache's limit follows."""
-        return self._anew(own)
-
-    def _anew(self, own: int, **more: int) -> Policy:
-        plans = {
-            path: replace(plan, limit=0, **more) if plan.capacity else plan
-            for path, plan in self.plans.items()
-        }
-        return replace(self, plans=plans, own=own)
+        plans = {p: replace(x, limit=0) for p, x in self.plans.items() if x.capacity}
+        return replace(self, plans={**self.plans, **plans}, own=own)
 
     # --- files -----------------------------------------------------------------------------------
 
