@@ -18,6 +18,7 @@ pytest.importorskip("ortools")
 from espalier.cli import app
 from espalier.compress.language.family import Language
 from espalier.compress.language.shape.structure import SubLayers, Units
+from espalier.flows.language.generating import _Text, told
 from espalier.flows.language.harm import MEASURES, LanguageHarm
 from espalier.flows.language.job import LanguageJob
 from espalier.problem import SearchBudget
@@ -132,3 +133,19 @@ def test_a_shrink_by_another_measure_keeps_its_limit_and_says_what_it_measured(
     best, original = result["best"], result["shrink"]["original"]
     size = {n: e["metrics"]["bytes"]["value"] for n, e in (("best", best), ("was", original))}
     assert size["best"] <= 0.95 * size["was"]
+
+
+def test_the_original_generates_with_the_cache_that_transformers_gives_it() -> None:
+    text = _Text(tiny("mistral", sliding_window=12), None)
+    text.read(40)
+    text.write(2)
+    assert text.held == 2 * 2 * 2 * 8 * 12 * 4  # two layers of two groups, as kv_bytes counts them
+
+
+def test_a_cache_that_was_measured_in_other_numbers_than_the_folders_is_told_so() -> None:
+    run = {"tokens_a_second": 5.0, "runs": [4.0, 5.0, 6.0], "cache_bytes": 640}
+    found = {"original": run, "shrunk": run, "behind": 4, "new": 1, "asked": 7, "threads": 1}
+    assert "the original's 640. Measured" in told({**found, "stored_bits": 32})
+    assert "640, in 32-bit floats where the folder has 16 bits." in told(
+        {**found, "stored_bits": 16}
+    )

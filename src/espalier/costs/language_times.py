@@ -93,9 +93,7 @@ class _Run:
     """The two steps of generation, each to be called again and again."""
 
     def __init__(self, model: Any, make_cache: Callable[[], Any] | None, context: int) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.make = model, make_cache or DynamicCache
+        self.model, self.make = model, make_cache
         draw = torch.Generator().manual_seed(0)
         rows = int(model.get_input_embeddings().weight.shape[0])
         self.ids = torch.randint(rows, (1, context), generator=draw)
@@ -105,9 +103,10 @@ class _Run:
 
     def prefill(self) -> None:
         """Reads the context."""
-        self.cache = self.make()
+        cache = None if self.make is None else self.make()  # None: the model's own
         self.length = self.ids.shape[1]
-        self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
+        found = self.model(input_ids=self.ids, past_key_values=cache, use_cache=True)
+        self.cache = found.past_key_values
 
     def decode(self) -> None:
         """Writes one token."""

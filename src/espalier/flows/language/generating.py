@@ -67,7 +67,7 @@ def generation(
         }
         return {
             **found, "behind": behind, "new": new, "asked": job.context,
-            "threads": job.asked.threads,
+            "threads": job.asked.threads, "stored_bits": 8 * job.folder.stored.itemsize,
         }  # fmt: skip
 
     done: dict[str, Any] = job.study.once(f"tokens a second/{candidate.id}", measure)
@@ -89,15 +89,14 @@ class _Text:
     """One sequence that a model reads and goes on with."""
 
     def __init__(self, model: Any, make_cache: Callable[[], Any] | None) -> None:
-        from transformers import DynamicCache
-
-        self._model, self._make = model, make_cache or DynamicCache
+        self._model, self._make = model, make_cache
         self._rows = int(model.get_input_embeddings().weight.shape[0])
         self.begin()
 
     def begin(self) -> None:
         """With an empty cache."""
-        self._cache, self._next = self._make(), torch.zeros(1, 1, dtype=torch.long)
+        self._cache = None if self._make is None else self._make()  # None: the model's own
+        self._next = torch.zeros(1, 1, dtype=torch.long)
 
     def read(self, tokens: int) -> None:
         """Takes random tokens in."""
@@ -113,8 +112,8 @@ class _Text:
         return tokens / (time.perf_counter() - began)
 
     def _step(self, ids: Tensor) -> None:
-        logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits
-        self._next = logits[:, -1:].argmax(-1)
+        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self._cache, self._next = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
     @property
     def held(self) -> int:
@@ -129,12 +128,14 @@ def told(found: dict[str, Any]) -> str:
     before, after = (found[name] for name in _NAMES)
     many, ends = found["threads"] > 1, found["behind"] + found["new"] * _RUNS
     short = "" if ends >= found["asked"] else f" (the limit's {found['asked']:,} were not reached)"
+    stored = found.get("stored_bits", 32)
+    halved = "" if stored == 32 else f", in 32-bit floats where the folder has {stored} bits"
     return (
         f"Generation behind {found['behind']:,} tokens{short}: {after['tokens_a_second']:.3g} tokens a "
         f"second (runs of {min(after['runs']):.3g} to {max(after['runs']):.3g}), the original "
         f"{before['tokens_a_second']:.3g} ({min(before['runs']):.3g} to {max(before['runs']):.3g}); "
         f"at its end the cache holds {after['cache_bytes']:,} bytes, the original's "
-        f"{before['cache_bytes']:,}. Measured by torch and transformers on "
+        f"{before['cache_bytes']:,}{halved}. Measured by torch and transformers on "
         f"{found['threads']} thread{'s' if many else ''}, the middle of {_RUNS} runs of {found['new']} tokens: what "
         "saves memory here need not save time."
     )
