@@ -49,6 +49,18 @@ class Holding(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
+class Scale(nn.Module):
+    """A scale for each channel that keeps the shape in which it meets images."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = (width, 1, 1)
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(self.shape)
+
+
 class Inverted(nn.Module):
     """ConvNeXt's block: depthwise, then two linear layers on channels that come last."""
 
@@ -157,6 +169,7 @@ MODELS = {
         *(nn.Conv2d(3, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1, groups=3)),
         *(nn.BatchNorm2d(24), nn.ReLU(), *head(24)),
     ),
+    "scaled": lambda: nn.Sequential(nn.Conv2d(3, 16, 1), Scale(16), nn.Conv2d(16, 24, 1), *head(24)),
     "holding": lambda: nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), Holding(16), nn.Conv2d(16, 24, 1), Holding(24)),
         *head(24),

@@ -114,16 +114,23 @@ def _resize_other(module: nn.Module, before: dict[str, tuple[int, ...]]) -> None
             changed.setdefault(old, set()).add(new)
     found: dict[int, list[str]] = {}
     for name, value in vars(module).items():
-        size = value[0] if _listed(value) else value
-        if type(size) is int and len(changed.get(size, ())) == 1:
+        size = _size(value)
+        if len(changed.get(size, ())) == 1:
             found.setdefault(size, []).append(name)
     for size, names in found.items():
         # as many channels a head as heads: a tensor of the module's own has a row a head
         for name in [n for n in names if "head" in n and "dim" not in n] or names:
             value, new = getattr(module, name), next(iter(changed[size]))
-            setattr(module, name, type(value)((new,)) if _listed(value) else new)
+            if isinstance(value, (tuple, list)):
+                setattr(module, name, type(value)(new if n == size else n for n in value))
+            else:
+                setattr(module, name, new)
 
 
-def _listed(value: Any) -> bool:
-    """Whether it is one number in a list, as a normalized_shape."""
-    return isinstance(value, (tuple, list)) and len(value) == 1
+def _size(value: Any) -> int:
+    """A number, or the one other than 1 of a shape, as a normalized_shape; 0 where it is neither."""
+    numbers = value if type(value) in (tuple, list) else [value]
+    if not all(type(n) is int for n in numbers):
+        return 0
+    wide = [n for n in numbers if n != 1]
+    return wide[0] if len(wide) == 1 else 0
