@@ -17,7 +17,7 @@ from espalier.flows.language.building import LATE, dense, early, late, reshaped
 from espalier.flows.language.harm import felt, loss_of
 from espalier.flows.language.job import LanguageJob
 from espalier.flows.language.latency import measured
-from espalier.flows.weights import derive, save_weights, trained_network, weights_path
+from espalier.flows.weights import derive, load_weights, save_weights, weights_path
 from espalier.problem import Reading
 from espalier.space import Candidate
 
@@ -208,4 +208,6 @@ def model_of(job: LanguageJob, candidate: Candidate) -> nn.Module:
     """The repaired model of a candidate, read from the study."""
     if candidate == job.family.original:
         return job.family.model  # type: ignore[no-any-return]
-    return trained_network(job.family, candidate, weights_path(job.study.folder, candidate, START))
+    network = dense(early(job.family, candidate))  # bits and zeros lie in the weights that are read
+    load_weights(network, weights_path(job.study.folder, candidate, START))
+    return network
