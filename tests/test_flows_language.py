@@ -225,6 +225,8 @@ def espalier(*words: str | Path) -> Any:
         ("unknown architecture", (), "unknown architecture 'mamba'"),
         ("encoder", (), "which writes no text"),
         ("", ("--context", "500"), "2 to 32 tokens, got 500"),
+        ("another model", (), "holds a model that no shrink wrote"),
+        ("another model", ("--memory", "9GB"), "holds a model that no shrink wrote"),
         ("short text", (), "too short for a context of 32"),
         ("", ("--max", "bytes=20kB"), "is below the table of tokens: 32,768 bytes of embedding"),
         ("", ("--max", "bytes=60%", "--decisions", "widths"), "unknown kind of decision"),
@@ -249,6 +251,8 @@ def test_bad_input_is_one_line(
         config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"A": "b.C"}}))
     if change == "unknown architecture":
         config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mamba"}))
+    if change == "another model":
+        copytree(place / "llama", tmp_path / "out")
     if change == "short text":
         text = tmp_path / "short.txt"
         text.write_text("too little")

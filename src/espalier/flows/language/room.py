@@ -1,4 +1,4 @@
-"""Whether a model fits in memory, said before it is loaded."""
+"""Whether a model fits in memory, and its answer where it is to go: said before it is loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import psutil
 from espalier.compress.language.files.folder import Folder
 from espalier.compress.language.layer_by_layer.memory import shown
 from espalier.errors import EspalierError
+from espalier.study.schema import NAME
 
 _HELD = 2  # models at once: the original, and the one that is judged or repaired
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, where there is one
@@ -38,3 +39,15 @@ def check_room(folder: Folder, held: int = _HELD) -> None:
         "goes through it layer by layer under a limit on bytes alone (in Python "
         "espalier.flows.language.shrink_in_layers), or a larger machine"
     )
+
+
+def check_place(where: Path, folder: Folder) -> None:
+    """Refuses to write over a model: the one that is read, or another that no shrink wrote.
+
+    Errors: `EspalierError`.
+    """
+    rule = "choose another folder to write to"
+    if where.resolve() == folder.path.resolve():
+        raise EspalierError(f"--out {where} is the model itself: {rule}")
+    if (where / "config.json").exists() and not (where / NAME).exists():
+        raise EspalierError(f"--out {where} holds a model that no shrink wrote: {rule}")

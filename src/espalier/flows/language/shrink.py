@@ -38,7 +38,7 @@ from espalier.flows.language.reach import check_reach
 from espalier.flows.language.repairing import model_of, repair_all, tested_readings
 from espalier.flows.language.reproducing import WINDOWS, Asked
 from espalier.flows.language.rivals import rivals
-from espalier.flows.language.room import check_room
+from espalier.flows.language.room import check_place, check_room
 from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
 from espalier.flows.language.solving import evolved, finalist, solved
 from espalier.flows.measuring import free_folder, withdraw
@@ -115,6 +115,8 @@ def shrink_language(
         raise StudyError("a study that is gone on with has a folder: give it as out (--out DIR)")
     folder = read_folder(model)
     _check_kind(folder)
+    where = Path(out) if out is not None else free_folder(f"{folder.path.name}-small")
+    check_place(where, folder)
     task = _text(folder, text, context, windows, seed)
     check_room(folder)
     network = folder.model()
@@ -123,8 +125,6 @@ def shrink_language(
     cuts = language_cuts(decisions, parts, asked, grouped, at + (WRITTEN if runtime else 0))
     family = _family(folder, network, task, cuts, grouped)
     del network  # the family has its own
-    where = Path(out) if out is not None else free_folder(f"{folder.path.name}-small")
-    _check_out(where, folder)
     identity = language_identity(
         folder, family, task, asked, at, cuts,
         measure=measure, seed=seed, grouped=grouped, repair=repair, baselines=baselines,
@@ -303,8 +303,3 @@ def _length(
         )
     at = length or min(most, _CONTEXT)
     return at, Generation(at, threads)
-
-
-def _check_out(where: Path, folder: Folder) -> None:
-    if where.resolve() == folder.path.resolve():
-        raise EspalierError(f"--out {where} is the model itself: choose another folder to write to")

@@ -19,6 +19,7 @@ from espalier.flows.language.fit_in_layers import Fit, check_reach, fits, group_
 from espalier.flows.language.identity import fingerprint
 from espalier.flows.language.limits import language_limits
 from espalier.flows.language.passes import UNDERWAY, Passes
+from espalier.flows.language.room import check_place
 from espalier.flows.measuring import withdraw
 from espalier.flows.progress import Display, Silent
 from espalier.problem import Limit, Limits
@@ -105,8 +106,7 @@ def shrink_in_layers(
     began, show = time.time(), progress or Silent()
     limit, where = _limit(within), Path(out)
     folder = read_folder(model)
-    if where.resolve() == folder.path.resolve():
-        raise EspalierError(f"--out {where} is the model itself: choose another folder to write to")
+    check_place(where, folder)
     task = _text(folder, text, context, windows, seed)
     through = Layerwise(folder, memory, scratch=where / UNDERWAY, batch=batch)
     identity = {
