@@ -91,6 +91,16 @@ def test_pieces_know_tied_weights_and_weights_of_no_layer():
     assert "layers.0.attn.qkv" not in kinds
 
 
+def test_a_model_is_built_once_a_width_to_tell_its_pieces(monkeypatch):
+    torch.manual_seed(0)
+    family = Pretrained(ViT(), IMAGES)
+    built, cut = [], family._cut
+    monkeypatch.setattr(family, "_cut", lambda choices: built.append(choices) or cut(choices))
+    family.units()
+    widths = [name for name in family.space.names if name.startswith("width:")]
+    assert [list(choices) for choices in built] == [[name] for name in widths]
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_the_peak_of_activations_knows_what_is_alive_beside_a_piece(name):
     family = family_of(name)

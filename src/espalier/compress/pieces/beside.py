@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from espalier.compress.calls import Pass, Value
+from espalier.compress.calls import Pass, Shape, Value
 from espalier.compress.pieces.divided import Piece
 from espalier.space import Decision, Option
 
@@ -15,8 +15,9 @@ _FLOAT = 4  # bytes
 class Beside:
     """Bytes alive beside each piece, for any widths.
 
-    A value's size is linear in the widths that decide it: `probe` runs the model with one decision
-    changed. A piece's own input is not beside it. A value whose block is left out still counts.
+    A value's size is linear in the widths that decide it: `probe` gives the shapes of what
+    operations make with one decision changed. A piece's own input is not beside it. A value whose
+    block is left out still counts.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class Beside:
         run: Pass,
         pieces: Sequence[Piece],
         widths: Sequence[Decision],
-        probe: Callable[[Decision], Pass],
+        probe: Callable[[Decision], Sequence[Shape]],
     ) -> None:
         self._run = run
         self._original = {d.name: float(d.options[-1]) for d in widths}
@@ -34,12 +35,12 @@ class Beside:
         self._slopes: dict[int, dict[str, float]] = {i: {} for i in steps}
         for decision in widths if steps else ():
             other = probe(decision)
-            if len(other.steps) != len(run.steps):  # not the same program: nothing to compare
+            if len(other) != len(run.steps):  # not the same program: nothing to compare
                 self._alive = {}
                 return
             change = float(decision.options[-1]) - float(decision.options[0])
             for i in steps:
-                lost = self._sizes[i] - math.prod(other.steps[i].out_shape)
+                lost = self._sizes[i] - math.prod(other[i])
                 if lost and change:
                     self._slopes[i][decision.name] = lost / change
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from espalier.compress.calls import Call, Shape, follow
+from espalier.compress.calls import Call, Pass, Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.beside import Beside
 from espalier.compress.pieces.divided import Division, Piece, places_of, told
@@ -58,6 +58,7 @@ class Units:
         self._tied = tied(model)
         self._runs: OrderedDict[tuple[Any, ...], _Run] = OrderedDict()
         self._shapes: dict[tuple[Any, ...], dict[tuple[str, int], Shape]] = {}
+        self._made: dict[str, list[Shape]] = {}
         run = follow(model, example)
         self._pieces = {p.name: p for p in Division(model, run, self._layers).pieces}
         for piece in self._pieces.values():
@@ -68,7 +69,7 @@ class Units:
             run,
             list(self._pieces.values()),
             widths,
-            lambda d: follow(self._run({d.name: d.options[0]}).model, example),
+            self._makes,
         )
         for piece in self._pieces.values():
             piece.decisions |= self._beside.decisions(piece)
@@ -125,10 +126,17 @@ class Units:
         if not silent:
             return
         for decision in self._shaping():
+            self._makes(decision)  # the same run tells both
             run = self._run({decision.name: decision.options[0]})
             for piece in silent:
                 if run.looks(piece) not in (None, original.looks(piece)):
                     piece.decisions.add(decision.name)
+
+    def _makes(self, decision: Decision) -> list[Shape]:
+        """The shapes of what every operation makes under a decision's first option."""
+        if decision.name not in self._made:
+            self._made[decision.name] = self._run({decision.name: decision.options[0]}).made()
+        return self._made[decision.name]
 
     def _shaping(self) -> list[Decision]:
         """The decisions that may change shapes between layers."""
@@ -238,12 +246,13 @@ class _Run:
 
     @cached_property
     def _calls(self) -> dict[tuple[str, int], Call]:
-        found: dict[tuple[str, int], Call] = {}
-        turns: Counter[str] = Counter()
-        for call in follow(self.model, self._example, steps=False).calls:
-            found[call.path, turns[call.path]] = call
-            turns[call.path] += 1
-        return found
+        return _by_turn(follow(self.model, self._example, steps=False))
+
+    def made(self) -> list[Shape]:
+        """The shapes of what every operation makes."""
+        whole = follow(self.model, self._example)
+        self._calls = _by_turn(whole)
+        return [step.out_shape for step in whole.steps]
 
     def call(self, piece: Piece) -> Call | None:
         """The call that a piece is."""
@@ -269,3 +278,13 @@ class _Run:
         if piece.kind == "call":
             shapes += [tuple(t.shape) for t in module.state_dict().values()]
         return shapes
+
+
+def _by_turn(run: Pass) -> dict[tuple[str, int], Call]:
+    """The calls by their module's path and which of its calls it is."""
+    found: dict[tuple[str, int], Call] = {}
+    turns: Counter[str] = Counter()
+    for call in run.calls:
+        found[call.path, turns[call.path]] = call
+        turns[call.path] += 1
+    return found
