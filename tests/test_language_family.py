@@ -451,6 +451,14 @@ def test_explain_tells_every_decision(llama: Language) -> None:
     assert (row["kind"], row["options"], row["original"]) == ("heads", [1, 2], 2)
 
 
+def test_explain_tells_notes_of_layers_of_one_shape_too() -> None:
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    family = Language(tiny("llama"), ids, (WeightBits(options=(3,)),), grouped=True)
+    assert {row["note"] for row in family.explain()} == {
+        "3 bits are counted as packed; ONNX Runtime's kernels have 4 and 8"
+    }
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

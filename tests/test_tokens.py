@@ -80,3 +80,17 @@ def test_of_a_long_text_pieces_from_all_over_it_are_read(tmp_path, monkeypatch) 
     numbers = [int(x) for text in lines for x in text.split() if len(x) == 7]
     assert max(numbers) > 39_000
     assert min(numbers) < 1000
+
+
+def test_a_long_text_that_is_no_utf_8_is_refused_but_not_for_its_cut_ends(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("espalier.tasks.tokens._MOST", 64_000)
+    line = "é" * 5000  # no line ends: pieces are cut through characters
+    (tmp_path / "long.txt").write_text("x" + line * 20)
+    encode = lambda text: [1] * len(text)  # noqa: E731
+    assert token_text(tmp_path / "long.txt", 256, 8, encode=encode).tokens > 30_000
+    for size in (8, 20):  # read whole, and in pieces
+        (tmp_path / "latin.txt").write_bytes(line.encode("latin-1") * size)
+        with pytest.raises(DataError, match="no UTF-8"):
+            token_text(tmp_path / "latin.txt", 256, 8, encode=encode)

@@ -24,6 +24,7 @@ _SHARES: dict[Split, float] = {"train": 0.4, "validation": 0.3, "test": 0.3}
 _BLOCK = 8  # windows that stay together where there are many: neighbours are of one story
 _MOST = 16_000_000  # bytes of a text that are read; of a longer one, pieces from all over it
 _PIECES = 64
+_EDGES = 6 * _PIECES  # bytes of characters that are cut through at both ends
 
 
 class TokenText(TensorTask):
@@ -178,12 +179,7 @@ def _encoded(name: str, raw: bytes, encode: Encode | None, vocabulary: int) -> N
                 "put its tokenizer.json into its folder"
             )
         return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
-    try:
-        text = raw.decode("utf-8", "strict" if len(raw) < _MOST // 2 else "ignore")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name!r} is no UTF-8 text: byte {error.start} can't be read; convert it to UTF-8"
-        ) from None
+    text = _decoded(name, raw)
     ids = np.asarray(encode(text), dtype=np.int64)
     if len(ids) and int(ids.max()) >= vocabulary:
         raise DataError(
@@ -191,3 +187,16 @@ def _encoded(name: str, raw: bytes, encode: Encode | None, vocabulary: int) -> N
             "belong together"
         )
     return ids
+
+
+def _decoded(name: str, raw: bytes) -> str:
+    """The text. Pieces of a long one may begin and end within a character; more is refused."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = raw.decode("utf-8", "ignore")
+        if len(raw) >= _MOST // 2 and len(raw) - len(text.encode()) <= _EDGES:
+            return text
+        raise DataError(
+            f"{name!r} is no UTF-8 text: byte {error.start} can't be read; convert it to UTF-8"
+        ) from None

@@ -59,6 +59,11 @@ class Grouped(BoundCut):
         """The cut with a decision for every layer."""
         return self.cut
 
+    @property
+    def note(self) -> str:
+        """What must be known of the cut's options; '' where nothing."""
+        return str(getattr(self.cut, "note", ""))
+
     def apart(self, choices: Mapping[str, Option]) -> dict[str, Option]:
         """The choices of each layer's own decisions."""
         found = {d.name: choices[d.name] for d in self.cut.decisions if d.name in choices}
