@@ -315,6 +315,32 @@ class Words(esp.Family):
         return (network[0], (5,)) if name == "table" else (network[1:], (5, width))
 
 
+class Alike(Words):
+    """A layer behind the words takes as many numbers as there are words: not whole ones."""
+
+    def build(self, candidate: esp.Candidate) -> nn.Module:
+        table = nn.Embedding(5, int(candidate["width"]))
+        head = [nn.Flatten(), nn.Linear(5 * int(candidate["width"]), 5), nn.Tanh(), nn.Linear(5, 2)]
+        return nn.Sequential(table, *head)
+
+    def units(self) -> list[Unit]:
+        return [*super().units(), Unit("end")]
+
+    def unit(self, name: str, candidate: esp.Candidate) -> tuple[nn.Module, tuple[int, ...]]:
+        network = self.build(candidate)
+        if name == "end":
+            return network[3:], (5,)
+        width = int(candidate["width"])
+        return (network[0], (5,)) if name == "table" else (network[1:3], (5, width))
+
+
+def test_a_table_of_few_rows_is_given_numbers_of_these() -> None:
+    words = Words()  # whose own example goes to 4
+    pieces = pieces_of(words)
+    assert pieces.input((5,), nn.Sequential(nn.Embedding(2, 4))).tolist() == [[0, 1, 0, 1, 0]]
+    assert pieces.input((5,), nn.Tanh()).is_floating_point()
+
+
 FAMILIES: dict[str, Callable[[], esp.Family]] = {
     "mobilenet": lambda: esp.nets.make("mobilenet", (1, 8, 8), 10),
     "mobilenet of several resolutions": lambda: esp.nets.make("mobilenet", (3, 16, 16), 7),
@@ -323,6 +349,7 @@ FAMILIES: dict[str, Callable[[], esp.Family]] = {
     "gated": Gated,
     "lying": Lying,
     "words": Words,
+    "words and as many numbers": Alike,
 }
 
 

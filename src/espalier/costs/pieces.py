@@ -7,6 +7,7 @@ and taken apart into its top-level children, or kept whole where these are no ch
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from espalier.costs.count import Count, counted
 from espalier.costs.distinct import distinct
 from espalier.costs.record import record
 from espalier.costs.work import features, fingerprint
+from espalier.export import deployed
 from espalier.space import Candidate
 
 Codes = NDArray[Any]
@@ -110,18 +112,33 @@ class Pieces:
         """The piece as a module, and a random input (batch 1)."""
         raise NotImplementedError
 
-    def input(self, shape: Sequence[int]) -> Tensor:
-        """A random input of batch 1; the family's own example where that holds whole numbers."""
+    def input(self, shape: Sequence[int], module: nn.Module) -> Tensor:
+        """An input of batch 1 for a piece: random, or whole numbers for what reads no others."""
+        leaves = (m for m in module.modules() if not any(m.children()))
+        if isinstance(first := next(leaves, None), nn.Embedding):  # of words, positions or kinds
+            return torch.arange(math.prod(shape)).remainder(first.num_embeddings).view(1, *shape)
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         example: Tensor = self.family.example(1)
-        if not example.is_floating_point() and tuple(example.shape[1:]) == tuple(shape):
+        alike = tuple(example.shape[1:]) == tuple(shape)
+        if alike and not example.is_floating_point() and not _reads(module, x):
             return example
-        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        return x
 
     def network(self, candidate: Candidate) -> nn.Module:
         """The whole network; torch's random generator is left as it was."""
         with unseeded():
             network: nn.Module = self.family.build(candidate)
             return network
+
+
+def _reads(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module runs on an input."""
+    try:
+        with deployed(module), torch.no_grad():
+            module(x)
+    except Exception:  # whatever a module says of numbers that it does not read
+        return False
+    return True
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, Pieces] = weakref.WeakKeyDictionary()
@@ -230,7 +247,7 @@ class _Units(Pieces):
         """For each unit the suspects that switch it on or off, found by changing each alone."""
         found: dict[str, set[int]] = {unit.name: set() for unit in self.units}
         for last in (False, True):
-            start = self.space.corner(last)
+            start = self.space.repair(self.space.corner(last), np.random.default_rng(0))
             before = self._running(start)
             for j in suspects:
                 for row in _options(self.space, start, j):
@@ -293,7 +310,7 @@ class _Units(Pieces):
     def _piece(
         self, module: nn.Module, shape: tuple[int, ...], candidate: Candidate, unit: str
     ) -> Piece:
-        x = self.input(shape)
+        x = self.input(shape, module)
         signature = _signature(module, x)
         if signature is None:
             return _piece(module, x, candidate, unit)
@@ -304,7 +321,7 @@ class _Units(Pieces):
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
         made = self._unit(piece.unit, piece.candidate)
         assert made is not None  # it was there when the piece was met
-        return made[0], self.input(made[1])
+        return made[0], self.input(made[1], made[0])
 
     def _unit(self, name: str, candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]] | None:
         with unseeded():
@@ -321,7 +338,7 @@ def _options(space: Any, row: Codes, column: int) -> list[Codes]:
             other = row.copy()
             other[0, column] = code
             rows.append(space.canonical(other))
-    return rows
+    return [row for row in rows if space.valid(row)[0]]
 
 
 class _Networks(Pieces):
@@ -354,8 +371,8 @@ class _Networks(Pieces):
         return self._found[key]
 
     def _taken_apart(self, candidate: Candidate) -> list[tuple[nn.Module, Tensor]]:
-        x = self.input(self.family.example(1).shape[1:])
-        return chain(self.network(candidate), x)
+        network = self.network(candidate)
+        return chain(network, self.input(self.family.example(1).shape[1:], network))
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
         return self._taken_apart(piece.candidate)[int(piece.unit)]

@@ -200,9 +200,10 @@ class Shrinking(Measuring):
         return sum(d.count - 1 for d in self.family.space.decisions)
 
     def smallest(self) -> Candidate:
-        """Every first option."""
+        """Every first option; nearly, where these exclude each other."""
         space = self.family.space
-        return space.decode(space.corner(last=False))[0]
+        row = space.repair(space.corner(last=False), np.random.default_rng(0))
+        return space.decode(row)[0]
 
     def sense(self) -> Profile:
         """The harm of every option alone, each recorded."""

@@ -63,7 +63,9 @@ def _tables(space: Space, terms: Terms, scopes: Any) -> list[Factor]:
     rows = [rows for grid in grids.values() for _, rows in grid]
     lengths = np.cumsum([0, *map(len, rows)])
     every = np.concatenate([space.corner(True), *rows])[1:]
-    parts = list(terms.pieces.parts(every))
+    built = space.valid(every)
+    # what the space forbids can't be built; the program never chooses it, so any value does
+    parts = list(terms.pieces.parts(np.where(built[:, None], every, _last(space))))
     factors, k = [], 0
     for (name, grid), part in zip(grids.items(), parts, strict=True):
         worth = part.values(np.array([terms.of(p) for p in part.pieces], dtype=float))
