@@ -133,6 +133,24 @@ def test_loads_without_espalier(
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+def test_buffers_that_no_state_holds_are_left_to_the_code(tmp_path: Path) -> None:
+    class Placed(nn.Module):
+        """Numbers of places are made by the code, as those of transformers' BERT are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 3)
+            self.register_buffer("places", torch.arange(4), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = x + self.table(self.places)
+            return found
+
+    done = export(Placed(), torch.zeros(1, 4, 3), tmp_path, formats=["safetensors"])
+    assert done.differences["safetensors"] == 0
+    assert set(load_file(done.files["safetensors"])) == {"table.weight"}
+
+
 def test_safetensors_hold_exactly_the_state(written: tuple[Path, nn.Module]) -> None:
     folder, network = written
     stored = load_file(folder / "best.safetensors")

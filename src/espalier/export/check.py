@@ -41,10 +41,13 @@ def open_pt2(path: Path) -> Forward:
 
 
 def open_safetensors(path: Path, network: nn.Module) -> Forward:
-    """The stored weights in a copy of the network that has forgotten its own."""
+    """The stored weights in a copy of the network that has forgotten its own.
+
+    Buffers that are not in `state_dict` (numbers of positions) are the code's to make: they stay.
+    """
     twin = copy.deepcopy(network)
     with torch.no_grad():
-        for tensor in (*twin.parameters(), *twin.buffers()):
+        for tensor in twin.state_dict().values():
             tensor.zero_()
     load_model(twin, path)
     return lambda x: twin(x)
