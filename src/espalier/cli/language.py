@@ -44,7 +44,7 @@ def refuse(
     if text is None and not explain:
         raise EspalierError(
             "a language model needs --text FILE, a text like what it is for: harm and repair are "
-            "read on it (a BERT or ViT is cut in Python, with espalier.compress.language.Language)"
+            "read on it (a BERT or ViT that classifies needs --task instead)"
         )
 
 

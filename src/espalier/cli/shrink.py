@@ -1,4 +1,4 @@
-"""`espalier shrink`, of a module, a file or a folder of a language model."""
+"""`espalier shrink`, of a module, a file or a folder."""
 
 from __future__ import annotations
 
@@ -61,6 +61,8 @@ def shrink(
 
     A language model: `espalier shrink ./my-llama --text corpus.txt --max bytes=60%
     --max kv_bytes=25%@4096 --budget 20min --out ./my-llama-small`
+
+    A ViT or BERT that classifies: `espalier shrink ./my-vit --task cifar10 --max latency_ms=60%`
     """
     asked: dict[str, Any] = {
         "budget": budget, "decisions": decisions, "measure": measure, "repair": repair,
@@ -69,7 +71,7 @@ def shrink(
     with one_line_errors(
         f" Go on with the same command and --resume (study: {out})." if out else ""
     ):
-        if Path(model).is_dir() or text is not None:
+        if text is not None or (Path(model).is_dir() and not _reads(model)):
             refuse(weights, solver, text, explain, task, device, batch)
             asked |= {"grouped": grouped, "context": context, "threads": threads}
             asked["within"] = limits(max_ or [])
@@ -120,8 +122,16 @@ def _shrunk(
 
 
 def _given(model: str) -> Any:
-    """The path of a graph's file, or the object that `file.py:name` points to."""
-    return Path(model) if Path(model).suffix in (".pt2", ".onnx") else loaded(model)
+    """The path of a graph's file or of a folder, or the object that `file.py:name` points to."""
+    path = Path(model)
+    return path if path.suffix in (".pt2", ".onnx") or path.is_dir() else loaded(model)
+
+
+def _reads(folder: str) -> bool:
+    """Whether a folder's model is shrunk for a task (BERT, ViT) rather than on a text."""
+    from espalier.compress.language.files.folder import is_encoder
+
+    return is_encoder(folder)
 
 
 def _through_layers(

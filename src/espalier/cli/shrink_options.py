@@ -11,7 +11,8 @@ Model = Annotated[
     str,
     typer.Argument(
         help="The trained model: my.py:make_model, called with nothing or with (shape, "
-        "classes), or a .pt2 or .onnx file; or a Hugging Face folder of a language model."
+        "classes), or a .pt2 or .onnx file; or a Hugging Face folder: a language model (with "
+        "--text), or a ViT or BERT that classifies (with --task)."
     ),
 ]
 Text = Annotated[

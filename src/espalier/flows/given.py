@@ -1,4 +1,4 @@
-"""The model that a user gives: a module, a function that makes one, a file; and its weights."""
+"""The model that a user gives: a module, a function that makes one, a file or folder; its weights."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def given_model(
 
 def _module(model: ModelLike, task: Task) -> tuple[nn.Module, int | None]:
     """The module, and the batch that its file was exported for where that is fixed."""
+    if isinstance(model, (str, Path)) and Path(model).is_dir():
+        return _encoder(Path(model)), None
     if isinstance(model, (str, Path)):
         from espalier.flows.files import read_file
 
@@ -73,9 +75,23 @@ def _module(model: ModelLike, task: Task) -> tuple[nn.Module, int | None]:
             f"got {type(made).__name__}"
         )
     raise EspalierError(
-        "a model is a torch.nn.Module, a function that makes one, or a file, "
+        "a model is a torch.nn.Module, a function that makes one, a file or a folder, "
         f"got {type(model).__name__}"
     )
+
+
+def _encoder(path: Path) -> nn.Module:
+    """The model of a Hugging Face folder that classifies what it reads."""
+    from espalier.compress.language.files.folder import is_encoder, read_folder
+
+    folder = read_folder(path)
+    if not is_encoder(path):
+        raise EspalierError(
+            f"{path} holds a model that writes text ({folder.kind}): give it and a text to "
+            "shrink_language"
+        )
+    made: nn.Module = folder.model()
+    return made
 
 
 def _failed(function: Callable[..., Any], needed: int, error: Exception) -> str:

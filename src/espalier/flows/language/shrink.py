@@ -257,8 +257,9 @@ def _check_kind(folder: Folder) -> None:
     if not KINDS[folder.kind].decoder:
         decoders = ", ".join(sorted(name for name, kind in KINDS.items() if kind.decoder))
         raise EspalierError(
-            f"{folder.path} is a {folder.kind}, which writes no text: give a decoder ({decoders}), or "
-            "cut it in Python: Language(read_folder(path).model(), inputs, (Heads(), Units())) of "
+            f"{folder.path} is a {folder.kind}, which writes no text: give a decoder ({decoders}); "
+            "shrink it for a task, where it classifies (--task, espalier.shrink(path, task)); or cut "
+            "it in Python: Language(read_folder(path).model(), inputs, (Heads(), Units())) of "
             "espalier.compress.language has its decisions (.space) and makes smaller ones (.build)"
         )
 

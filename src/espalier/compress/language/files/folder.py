@@ -113,6 +113,15 @@ def read_folder(path: str | Path, *, dtype: torch.dtype | None = torch.float32) 
     return Folder(place, config, kind, weights, stored, dtype or stored)
 
 
+def is_encoder(path: str | Path) -> bool:
+    """Whether a folder holds a model that reads (BERT, ViT) and writes no text; False for none."""
+    try:
+        kind = raw_config(Path(path).expanduser()).get("model_type", "")
+    except DataError:
+        return False
+    return kind in KINDS and not KINDS[kind].decoder
+
+
 def model_class(config: Any) -> Any:
     """The class of `transformers` for a configuration: the one that its `architectures` names.
 
