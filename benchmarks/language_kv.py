@@ -187,8 +187,14 @@ def mixes(subject: Subject, draw: int, budgets: list[float]) -> dict[tuple[str, 
                     break
             if answers:
                 best = min(answers, key=judge.one)
-                out[name, share] = (family.build(best), family.cache(best), best)
+                out[name, share] = (family.build(best), in_half(subject, family.cache(best)), best)
     return out
+
+
+def in_half(subject: Subject, policy: Any) -> Policy:
+    """The policy with the layers that nothing was decided on in 16 bits, too."""
+    found: Policy = Policy.of(subject.model) if policy is None else policy
+    return replace(found, plans={s.path: found.plans.get(s.path, EXACT) for s in found.shapes})
 
 
 def fixed(decision: Any) -> list[Any]:

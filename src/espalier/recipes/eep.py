@@ -171,9 +171,10 @@ Beside it stand the same search started from what the router's statistics choose
 maps of the experts that stay are fitted together, by least squares, to what each layer gave before
 (`espalier.compress.language.Experts` does so by default). It too needs forward passes alone.
 
-Obtained here by `python benchmarks/language_experts.py`, which runs this recipe's comparison at scale cpu
-on 5 seeds of calibration and held-out windows of one mixture: 120 evaluations, 60 a phase with 20 random
-starts (published: 400, 100 in phase 1 with 30), on 6 windows of 256 bytes; the 10 best ranked again on 8
+Obtained here by `python benchmarks/recipes.py eep --scale cpu --seeds 5`, which `python
+benchmarks/language_experts.py` repeats to the last digit, with 5 seeds of calibration and held-out windows of one
+mixture: 120 evaluations, 60 a phase with 20 random starts (published: 400, 100 in phase 1 with 30), on 6
+windows of 256 bytes; the 10 best ranked again on 8
 others. Statistics and refits read these 14 windows. Bits per byte of 32 held-out windows, 1.792 with all
 experts (1.730 in seed 0); a seed took about 60 s of processor time.
 
