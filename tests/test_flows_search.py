@@ -183,6 +183,8 @@ def test_two_workers_give_the_same_result(found: esp.Found, tmp_path: Path) -> N
 def test_a_study_is_not_overwritten_and_not_mixed_up(found: esp.Found) -> None:
     with pytest.raises(StudyError, match="resume"):
         tiny_search(found.folder)
+    with pytest.raises(StudyError, match="give it as out"):
+        esp.search(small_family, "digits", within=WITHIN, plan=TINY, resume=True)
     with pytest.raises(StudyError, match="seed"):
         tiny_search(found.folder, resume=True, seed=4)
     with pytest.raises(StudyError, match="limits"):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from espalier.costs import OnnxRuntime
+from espalier.errors import StudyError
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display
 from espalier.nets import Family
@@ -126,8 +127,15 @@ def plain_runtime(runtime: OnnxRuntime) -> dict[str, Any]:
     return {k: v for k, v in asdict(runtime).items() if isinstance(v, (str, int, float, bool))}
 
 
-def free_folder(stem: str) -> Path:
-    """A folder under `runs/` that is not there yet."""
+def study_folder(out: str | Path | None, stem: str, resume: bool) -> Path:
+    """The folder of a study: `out`, or one under `runs/` that is not there yet.
+
+    Errors: `StudyError` where a study is to go on and no folder is given.
+    """
+    if out is not None:
+        return Path(out)
+    if resume:
+        raise StudyError("a study that goes on has a folder: give it as out (--out DIR)")
     return next(p for i in itertools.count(1) if not (p := Path("runs") / f"{stem}-{i}").exists())
 
 

@@ -19,7 +19,7 @@ from espalier.flows.finalists import select
 from espalier.flows.finals import finish
 from espalier.flows.found import Found
 from espalier.flows.job import Job, MakeStrategy
-from espalier.flows.measuring import free_folder, plain_runtime, withdraw
+from espalier.flows.measuring import plain_runtime, study_folder, withdraw
 from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
@@ -96,7 +96,7 @@ def search(
     if solver == "relax":
         check_relax(made, strategy, estimator)
     runtime = on or OnnxRuntime()
-    folder = Path(out) if out is not None else free_folder(f"{task.name}-{made.name}")
+    folder = study_folder(out, f"{task.name}-{made.name}", resume)
     show = progress or Silent()
     own = tuple(c if isinstance(c, Cost) else c(made) for c in costs)
     counts = Counts(made)

@@ -18,7 +18,7 @@ from espalier.flows.decisions import make_cuts
 from espalier.flows.fitting import best_fitted
 from espalier.flows.given import ModelLike, given_model
 from espalier.flows.importances import importances
-from espalier.flows.measuring import free_folder, withdraw
+from espalier.flows.measuring import study_folder, withdraw
 from espalier.flows.pricing import check_names
 from espalier.flows.progress import Display, Silent
 from espalier.flows.repairing import repair_all
@@ -98,7 +98,7 @@ def shrink(
     family = pretrained(module, one, task, cuts, _name(model, module), seed)
     check_decided(family, solver)
     runtime = on or OnnxRuntime()
-    folder = Path(out) if out is not None else free_folder(f"{task.name}-{family.name}-small")
+    folder = study_folder(out, f"{task.name}-{family.name}-small", resume)
     identity = shrink_identity(family, task, asked, runtime, solver, measure, seed, cuts)
     identity |= {"repair": repair, "baselines": baselines}
     settings = {"budget": str(spend)}

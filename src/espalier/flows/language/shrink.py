@@ -17,7 +17,7 @@ from espalier.compress.language.family import Language
 from espalier.compress.language.files.folder import Folder, read_folder
 from espalier.costs.language import LanguageCounts
 from espalier.costs.language_times import TIMES, Generation
-from espalier.errors import BudgetError, DataError, EspalierError, StudyError, unknown
+from espalier.errors import BudgetError, DataError, EspalierError, unknown
 from espalier.flows.language.curve import curve
 from espalier.flows.language.cuts import language_cuts
 from espalier.flows.language.generating import generation
@@ -41,7 +41,7 @@ from espalier.flows.language.rivals import rivals
 from espalier.flows.language.room import check_place, check_room
 from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
 from espalier.flows.language.solving import evolved, finalist, solved
-from espalier.flows.measuring import free_folder, withdraw
+from espalier.flows.measuring import study_folder, withdraw
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display, Silent
 from espalier.problem import Limit, Limits, SearchBudget
@@ -111,11 +111,9 @@ def shrink_language(
         decisions = tuple(decisions)
     wanted = Asked(asked, decisions, repair, baselines, threads, windows)
     spend = _budget(budget)
-    if resume and out is None:
-        raise StudyError("a study that is gone on with has a folder: give it as out (--out DIR)")
     folder = read_folder(model)
     _check_kind(folder)
-    where = Path(out) if out is not None else free_folder(f"{folder.path.name}-small")
+    where = study_folder(out, f"{folder.path.name}-small", resume)
     check_place(where, folder)
     task = _text(folder, text, context, windows, seed)
     check_room(folder)
