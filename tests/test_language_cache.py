@@ -20,6 +20,7 @@ from espalier.compress.language.cache.bits import (
     rounded_bytes,
     unpack,
 )
+from espalier.compress.language.cache.cache import PlannedLayer
 from espalier.compress.language.cache.cuts import CacheBits, CacheRank, Spans, held
 from espalier.compress.language.cache.low_rank import (
     attentions,
@@ -28,7 +29,7 @@ from espalier.compress.language.cache.low_rank import (
     seen,
     tuned,
 )
-from espalier.compress.language.cache.plan import Plan, Span
+from espalier.compress.language.cache.plan import Plan, Span, grown
 from espalier.compress.language.cache.policy import Policy, give
 from espalier.compress.language.cache.spans import release
 from espalier.compress.language.evaluate import teacher_forced, tokens_a_second
@@ -186,6 +187,20 @@ def test_bytes_held_are_those_predicted_at_every_step(
         release(model)
         assert cache.peak <= policy.bytes(41, batch=2)
         assert max(held) <= policy.bytes(41, batch=2) < Policy.of(model).bytes(41, batch=2)
+
+
+@pytest.mark.parametrize("spans", [(Span(0, 0.5),) * 4, (Span(20), None, Span(0, 0.5), Span(40))])
+@pytest.mark.parametrize("step", [1, 32])
+def test_a_growing_cache_holds_the_tokens_that_its_mask_is_for(
+    spans: tuple[Span | None, ...], step: int
+) -> None:
+    plan = Plan(bits=3, capacity=256, spans=spans, window=16, sinks=4, half=True)
+    layer = PlannedLayer(grown(plan, 4, 8, 4))
+    for _ in range(256 // step):
+        places = layer.positions(step, 4)
+        layer.masked = True
+        keys, values = layer.update(*torch.randn(2, 2, 4, step, 8))
+        assert keys.shape[2] == values.shape[2] == places.shape[1]
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(2, {16, 8, 4, 2}), (3, {16, 8, 4, 3})])

@@ -76,12 +76,10 @@ class Rows:
         self.recent = recent if end == first else recent[:, :, end - first :].clone()
 
     def _drop(self, count: int) -> None:
-        if count >= (len(self.old) if self.old is not None else 0):
-            self.old = None
-        elif isinstance(self.old, Rounded):
-            self.old = self.old.without(count)
+        if isinstance(self.old, Rounded):
+            self.old = self.old.without(count) if count < len(self.old) else None
         elif self.old is not None:
-            self.old = self.old[:, :, count:].clone()
+            self.old = self.old[:, :, count:].clone() if count < self.old.shape[2] else None
 
     def _code(self, rows: Tensor, first: int) -> None:
         if self.factors is not None:
