@@ -194,9 +194,9 @@ def test_bytes_held_are_those_predicted_at_every_step(
 def test_a_growing_cache_holds_the_tokens_that_its_mask_is_for(
     spans: tuple[Span | None, ...], step: int
 ) -> None:
-    plan = Plan(bits=3, capacity=256, spans=spans, window=16, sinks=4, half=True)
+    plan = Plan(bits=3, capacity=512, spans=spans, window=16, sinks=4, half=True)
     layer = PlannedLayer(grown(plan, 4, 8, 4))
-    for _ in range(256 // step):
+    for _ in range(512 // step):
         places = layer.positions(step, 4)
         layer.masked = True
         keys, values = layer.update(*torch.randn(2, 2, 4, step, 8))
