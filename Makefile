@@ -11,7 +11,7 @@ EXTRAS ?= dev,docs,dashboard,bayes,tables,trees,compress,transformers,peft
 
 help:
 	@echo "make demo    set up, search a network for scikit-learn's digits, write the report"
-	@echo "make test    set up, lint, run every test"
+	@echo "make test    set up, run every test"
 	@echo "make setup   make .venv with the versions of constraints.txt"
 	@echo "make lint | docs | bench | wheel | clean"
 

@@ -178,6 +178,63 @@ def _reached(cell: dict[str, Any] | None, seeds: int) -> str:
     return f"{100 * cell['test']:.1f} ({span})" + (f"; {short} can't" if short else "")
 
 
+LANGUAGE = {
+    "dense": "the byte model, 1.07 million weights",
+    "stories": "the Llama of 260,032 weights",
+    "experts": "the mixture of 8 experts that reads bytes, 3.3 million weights",
+    "looking": "the byte model that copies",
+    "bytes": "the byte model of six blocks",
+}
+
+
+def language_vs_peers(found: dict[str, Any]) -> str:
+    """Held-out loss of every way at every share of the bytes, a table a model."""
+    parts = []
+    for model, shares in found["summary"].items():
+        rows = [r for r in found["rows"] if r["model"] == model]
+        names = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "untouched"))
+        before = next(iter(shares.values()))["untouched"]["loss"]
+        names = sorted(set(names) - {"espalier mix"}, key=lambda n: ("espalier" not in n, n))
+        mix = [f"{shares[s]['espalier mix']['loss']:.3f}" for s in shares]
+        lines = [["espalier mix", *mix]]
+        lines += [[n, *(_loss(shares[s].get(n)) for s in shares)] for n in names]
+        parts.append(f"**{LANGUAGE[model]}**, {before:.3f} before\n\n{table(['', *shares], lines)}")
+    return "\n\n".join(parts)
+
+
+def _loss(cell: dict[str, Any] | None) -> str:
+    """Mean loss, and in how many draws the mix is lower."""
+    if cell is None:
+        return "can't"
+    return f"{cell['loss']:.3f} ({cell['mix_is_lower']} of {cell['of']})"
+
+
+def language_kv(found: dict[str, Any]) -> str:
+    """Bits a byte, and the loss of what was copied, at every share of the cache, a table a subject."""
+    parts = []
+    for subject, own in found["summary"].items():
+        shares = sorted({n.split("@")[1] for n in own if "@" in n and "," not in n}, reverse=True)
+        names = list(dict.fromkeys(n.split("@")[0] for n in own if isinstance(own[n], dict)))
+        names = [n for n in names if n != "exact"]
+        lines = [[n, *(_kept(own.get(f"{n}@{s}")) for s in shares)] for n in sorted(names)]
+        lines.sort(key=lambda line: (line[0] != "mix", "mix" not in line[0], line[0]))
+        for key, what in (("bits_per_byte", "bits a byte"), ("answer_loss", "what was copied")):
+            told = [own.get(f"ahead of rivals@{s}, {key}", "") for s in shares]
+            if any(told):
+                lines.append([f"the mix is ahead of all others in {what}", *told])
+        head = ["", *(f"{float(s):.0%}" for s in shares)]
+        about = f"{_kept(own['exact'])} with the exact cache"
+        parts.append(f"**{LANGUAGE[subject]}**, {about}\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def _kept(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "can't"
+    answer = f", {cell['answer_loss']:.3f}" if "answer_loss" in cell else ""
+    return f"{cell['bits_per_byte']:.3f}{answer}"
+
+
 def recipes(_: dict[str, Any]) -> str:
     """How often each recipe's check held."""
     lines = []
@@ -197,6 +254,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "supernet_speed": ("supernet_speed.json", supernet_speed),
     "relax_quality": ("relax_quality.json", relax_quality),
     "shrink_vs_peers": ("shrink_vs_peers.json", shrink_vs_peers),
+    "language_vs_peers": ("language_vs_peers.json", language_vs_peers),
+    "language_kv": ("language_kv.json", language_kv),
     "recipes": ("", recipes),
 }
 
