@@ -275,7 +275,7 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
     told = found.to_json()["shrink"]["solver"]
     assert told["name"] == "search"
     assert "candidates are few enough" in told["why"]
-    assert "256 training images are enough" in told["why"]
+    assert "256 training examples are enough" in told["why"]
     space = found.family.space
     candidates = space.decode(space.enumerate())
     judge = esp.estimators.Calibrated(
@@ -290,15 +290,15 @@ def test_few_candidates_are_judged_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "images", "solver", "words"),
     [
-        (64, 32, "search", "64 candidates are few enough .* 32 training images are enough"),
-        (64, 31, "allocate", "64 candidates are few, but 31 training images too few"),
+        (64, 32, "search", "64 candidates are few enough .* 32 training examples are enough"),
+        (64, 31, "allocate", "64 candidates are few, but 31 training examples too few"),
         (
             65,
             1024,
             "allocate",
-            "9 options of 3 decisions .* on 1024 training images; 65 candidates",
+            "9 options of 3 decisions .* on 1024 training examples; 65 candidates",
         ),
-        (65, 8, "allocate", "on 8 training images"),
+        (65, 8, "allocate", "on 8 training examples"),
     ],
 )
 def test_the_solver_is_picked_by_size_and_data(
@@ -322,7 +322,7 @@ def test_with_few_images_options_are_judged_one_by_one(tmp_path: Path) -> None:
     )  # fmt: skip
     told = found.to_json()["shrink"]["solver"]
     assert told["name"] == "allocate"
-    assert "20 training images too few" in told["why"]
+    assert "20 training examples too few" in told["why"]
 
 
 @pytest.mark.parametrize("solver", ["relax", "relax:pas", "relax:bip"])

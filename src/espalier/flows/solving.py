@@ -51,7 +51,7 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
     if solver != "auto":
         return solver, f"asked for: {SOLVERS[solver]}"
     size, images = job.family.space.size, job.calibrated.samples
-    read, many = f"{images} training images", f"{size:,.0f}" if size < 1e6 else f"{size:.2g}"
+    read, many = f"{images} training examples", f"{size:,.0f}" if size < 1e6 else f"{size:.2g}"
     options = f"{job.options} options of {len(job.family.space)} decisions"
     if size <= _FEW and images >= _ENOUGH:
         return "search", (
