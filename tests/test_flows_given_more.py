@@ -237,6 +237,7 @@ def test_a_model_of_transformers_is_taken_by_its_logits(tmp_path: Path) -> None:
     found = shrunk(original, tmp_path / "run", params="70%")
     network, x = found.network(), torch.randn(ROWS, 1, 8, 8)
     assert params(network) <= 0.7 * params(original)
+    assert found.to_json()["title"].startswith("vitforimageclassification made smaller")
     assert "espalier" not in {type(m).__module__.split(".")[0] for m in network.modules()}
     logits = network(x)
     assert type(logits) is Tensor

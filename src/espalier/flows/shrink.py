@@ -192,4 +192,6 @@ def _limits(within: Limits | Sequence[Limit], task: Task) -> tuple[Limit, ...]:
 def _name(model: ModelLike, module: nn.Module) -> str:
     if isinstance(model, (str, Path)):
         return Path(model).stem
-    return type(module).__name__.lower()
+    inner = dict(module.named_children())
+    wrapped = list(inner) == ["model", "logits"]  # of transformers, taken by its logits
+    return type(inner["model"] if wrapped else module).__name__.lower()
