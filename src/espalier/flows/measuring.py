@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from espalier.costs import OnnxRuntime
@@ -49,6 +50,13 @@ class Measuring:
     def axis(self) -> str:
         """The cost that spans the front: the first that is limited, else latency."""
         return self.limits[0].metric if self.limits else "latency_ms"
+
+    def smallest(self) -> Candidate:
+        """Every first option, as far as the space's rules allow."""
+        space = self.family.space
+        row = space.repair(space.corner(last=False), np.random.default_rng(self.seed))
+        found: Candidate = space.decode(row)[0]
+        return found
 
     # --- numbers ---------------------------------------------------------------------------
 

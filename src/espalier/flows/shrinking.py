@@ -199,12 +199,6 @@ class Shrinking(Measuring):
         """Options beside the original's, over all decisions."""
         return sum(d.count - 1 for d in self.family.space.decisions)
 
-    def smallest(self) -> Candidate:
-        """Every first option; nearly, where these exclude each other."""
-        space = self.family.space
-        row = space.repair(space.corner(last=False), np.random.default_rng(0))
-        return space.decode(row)[0]
-
     def sense(self) -> Profile:
         """The harm of every option alone, each recorded."""
         self.show.phase("what every option harms", self.options)

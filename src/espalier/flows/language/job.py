@@ -161,17 +161,9 @@ class LanguageJob(Measuring):
         space = self.family.space
         code = space.corner(last=True)
         code[0, space.names.index(decision.name)] = 0
-        rows = space.canonical(code)
-        found: Candidate = space.decode(rows if space.valid(rows)[0] else space.corner(last=True))[
-            0
-        ]
-        return found
-
-    def smallest(self) -> Candidate:
-        """Every first option, as far as the space's rules allow."""
-        space = self.family.space
-        rows = space.repair(space.corner(last=False), np.random.default_rng(self.seed))
-        found: Candidate = space.decode(rows)[0]
+        row = space.canonical(code)
+        row = row if space.valid(row)[0] else space.corner(last=True)
+        found: Candidate = space.decode(row)[0]
         return found
 
     def sense(self) -> Profile:
