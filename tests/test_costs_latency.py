@@ -31,7 +31,7 @@ from espalier.costs import (
     timing,
 )
 from espalier.costs.chain import chain
-from espalier.costs.filler import FILLERS, choose, fitted
+from espalier.costs.filler import FILLERS, Filler, choose
 from espalier.costs.machine import Snapshot, load_between
 from espalier.costs.onnx_file import _record, _set_batch
 from espalier.costs.timing import clock, spread
@@ -517,7 +517,7 @@ def test_fillers_learn_a_law_of_work(name: str) -> None:
     rng = np.random.default_rng(0)
     work = rng.lognormal(8, 1, (160, 4))
     ms = 1e-3 + work @ np.array([1e-6, 5e-6, 0.0, 2e-6])
-    model = fitted(name, work[:120], ms[:120])
+    model = Filler(name, work[:120], ms[:120])
     off = [abs(model(row) / wanted - 1) for row, wanted in zip(work[120:], ms[120:], strict=True)]
     assert np.median(off) < 0.05
     assert model(np.zeros(4)) > 0
@@ -529,10 +529,27 @@ def test_the_filler_is_chosen_by_what_it_misses() -> None:
     law = work @ np.array([1e-6, 2e-6, 0.0]) * rng.lognormal(0, 0.05, 80)
     name, errors = choose(work, law)
     assert name == "linear"
-    assert errors.keys() == FILLERS.keys()
+    assert errors.keys() == {"linear", "linear and trees", "linear and process"}
     crooked = law * np.where(work[:, 0] > np.median(work[:, 0]), 3.0, 1.0)
     assert choose(work, crooked)[0] != "linear"
     assert choose(work[:5], work[:5].sum(1))[0] == "linear"  # too few for anything else
+
+
+def test_a_few_measured_pieces_tell_what_work_does_not() -> None:
+    """Two kinds of layer of which one takes 5 times as long for the same work, as attention does."""
+    rng = np.random.default_rng(0)
+    work = rng.lognormal(8, 0.5, (124, 3))
+    kind = np.arange(124) % 2
+    work[:, 1] = np.where(kind, work[:, 1], 0.0)
+    work[:, 2] = np.where(kind, 0.0, work[:, 2])
+    ms = 1e-6 * work.sum(1) * np.where(kind, 5.0, 1.0) * (work[:, 0] / 3000) ** 0.5
+    name, _ = choose(work[:24], ms[:24])
+    model, plain = Filler(name, work[:24], ms[:24]), Filler("linear", work[:24], ms[:24])
+    off = [
+        [abs(np.log(f(w) / t)) for w, t in zip(work[24:], ms[24:], strict=True)]
+        for f in (model, plain)
+    ]
+    assert np.mean(off[0]) < 0.5 * np.mean(off[1])
 
 
 def test_measured_latency_is_measured_once(idle: None, monkeypatch: pytest.MonkeyPatch) -> None:

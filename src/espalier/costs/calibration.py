@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from espalier.costs import machine
 from espalier.costs.context import Stopwatch
-from espalier.costs.filler import choose, fitted
+from espalier.costs.filler import Filler, choose
 from espalier.costs.pieces import Piece, Pieces
 from espalier.costs.runtime import BusyMachine, OnnxRuntime
 from espalier.costs.table import Table
@@ -213,11 +213,10 @@ class Sums:
         work: dict[str, tuple[float, ...]],
         filler: str,
     ) -> None:
-        self._pieces, self._filler = pieces, filler
+        self._pieces = pieces
         self._known = dict(times)
-        self._work = np.array([work[key] for key in times])
-        self._times = np.array(list(times.values()))
-        self._model: Callable[[Array], float] | None = None
+        measured = np.array([work[key] for key in times]), np.array(list(times.values()))
+        self._fill = Filler(filler, *measured)
 
     def __call__(self, codes: Codes) -> Array:
         """Milliseconds `(n,)` of code rows `(n, d)`."""
@@ -229,8 +228,5 @@ class Sums:
     def of(self, piece: Piece) -> float:
         """Milliseconds of one piece."""
         if piece.key not in self._known:
-            if self._model is None:
-                name = self._filler or choose(self._work, self._times)[0]
-                self._model = fitted(name, self._work, self._times)
-            self._known[piece.key] = self._model(np.array(piece.work))
+            self._known[piece.key] = self._fill(piece.work)
         return self._known[piece.key]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from espalier.costs import PredictedLatency, UnitFamily
-from espalier.costs.filler import choose, fitted
+from espalier.costs.filler import Filler
 from espalier.costs.pieces import Part, Piece, pieces_of
 from espalier.nets import Supernet
 from espalier.solvers.relax.expected import MOST, Expected
@@ -73,14 +73,12 @@ def predicted(latency: PredictedLatency) -> Value:
     scale, pieces = float(table["scale"]), table["pieces"]
     work = np.array([entry["work"] for entry in pieces.values()])
     ms = np.array([entry["ms"] for entry in pieces.values()])
-    models: list[Any] = []
+    fill = Filler(table["filler"], work, ms)
 
     def milliseconds(piece: Piece) -> float:
         if piece.key in pieces:
             return scale * float(pieces[piece.key]["ms"])
-        if not models:
-            models.append(fitted(table["filler"] or choose(work, ms)[0], work, ms))
-        return scale * float(models[0](np.array(piece.work)))
+        return scale * fill(piece.work)
 
     return milliseconds
 

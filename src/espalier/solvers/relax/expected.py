@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import Count, PredictedLatency, count
-from espalier.costs.filler import choose, fitted
+from espalier.costs.filler import Filler
 from espalier.costs.record import record
 from espalier.costs.work import features, fingerprint
 from espalier.errors import SpaceError, unknown
@@ -230,15 +230,13 @@ def latency_price(predicted: PredictedLatency) -> Price:
     scale, pieces = float(table["scale"]), table["pieces"]
     work = np.array([entry["work"] for entry in pieces.values()])
     ms = np.array([entry["ms"] for entry in pieces.values()])
-    models: list[Callable[[Any], float]] = []
+    fill = Filler(table["filler"], work, ms)
 
     def price(module: nn.Module, shape: tuple[int, ...]) -> float:
         run = record(module, torch.zeros(1, *shape))
         entry = pieces.get(fingerprint(run))
         if entry is not None:
             return scale * float(entry["ms"])
-        if not models:
-            models.append(fitted(table["filler"] or choose(work, ms)[0], work, ms))
-        return scale * models[0](features(run))
+        return scale * fill(features(run))
 
     return price
