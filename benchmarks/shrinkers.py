@@ -26,8 +26,6 @@ import espalier as esp
 import models
 from espalier.compress import Bits, Depth, Pretrained, Widths
 from espalier.compress import Cut as Decisions
-from espalier.compress.ranges import calibrate
-from espalier.compress.repair import reconstruct
 from espalier.errors import BudgetError, EspalierError
 from espalier.recipes._parts.measured import Processor
 from espalier.tasks import Task
@@ -36,7 +34,6 @@ from peers.environments import process
 
 LEAST = 0.01  # amount below which nothing is asked for
 SLACK = 1.01  # over the limit that still keeps it: the noise of a ratio
-EXAMPLES = 512  # of the reconstruction
 
 
 @dataclass
@@ -246,7 +243,7 @@ def shaped(network: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 class Espalier:
-    """`espalier.shrink` up to repair, and the closed-form part of its repair.
+    """`espalier.shrink` up to fine-tuning: its repair ends after the closed forms.
 
     The later shares reuse the table of latencies and the profile of the first.
     """
@@ -265,34 +262,31 @@ class Espalier:
             name = f"shrink-{job.name}-{kinds}-{job.seed}-{share:g}-{time.time_ns()}"
             out = job.folder / name
             try:
-                network = self._shrunk(share, out, first)
+                shrunk = self._shrunk(share, out, first)
             except BudgetError as error:
                 print(f"{job.name} at {share:.0%}: {error}", flush=True)
                 found[share] = None
                 continue
             first = first or out
-            spent, mending = time.perf_counter() - start, time.process_time()
-            order = torch.Generator().manual_seed(job.seed)
-            x, _ = next(iter(job.task.batches("train", EXAMPLES, order)))
-            reconstruct(network, job.original, x, seed=job.seed)
-            calibrate(network, x)  # quantised tensors have other ranges now
-            mended = time.process_time() - mending
+            spent, network = time.perf_counter() - start, shrunk.network()
+            (repair,) = shrunk.to_json()["shrink"]["repair"]
+            mended = repair["stages"][-1]["seconds"]  # with the validation passes between
             found[share] = Cut(network, job.ratio(network), spent, None, mended)
         return found
 
-    def _shrunk(self, share: float, out: Path, reuse: Path | None) -> nn.Module:
+    def _shrunk(self, share: float, out: Path, reuse: Path | None) -> esp.Shrunk:
         return esp.shrink(
             self.job.original,
             self.job.task,
             within={"latency_ms": f"{100 * share:g}%"},
             budget=self.job.plan_seconds,
             decisions=self.decisions,
-            repair=False,
+            tune=False,
             baselines=False,
             seed=self.job.seed,
             out=out,
             reuse=reuse,
-        ).network()
+        )
 
 
 def method(name: str, job: Job) -> Method | Espalier:

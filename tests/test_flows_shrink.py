@@ -22,11 +22,12 @@ import espalier as esp
 from espalier.compress.sparsity import stored_bytes
 from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import BudgetError, DataError, EspalierError, StudyError
-from espalier.flows import fitting, gating, repairing
+from espalier.flows import fitting, gating, repairing, solving
 from espalier.flows.finals import Entry
 from espalier.flows.importances import importances
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
+from espalier.flows.shrunk import best_of
 from espalier.flows.solving import chosen, known_names
 from espalier.problem import Limit, Reading, SearchBudget
 from espalier.study import Study
@@ -193,7 +194,7 @@ def test_a_limit_on_time_is_shared_by_three(
     study = SimpleNamespace(once=lambda key, compute: compute(), folder=Path())
     job: Any = SimpleNamespace(
         study=study,
-        repair=True,
+        trains=True,
         untuned=[],
         left=lambda: None if seconds is None else 8.0 + seconds,
     )
@@ -484,6 +485,7 @@ def fake_job(factor: float, noise: dict[int, float] | None = None) -> Any:
         rounds=[],
         slower={},
         budget=SearchBudget(),
+        trains=True,
         left=lambda: None,
         show=Silent(),
         keeps=lambda readings: readings[LATENCY].value <= 50,
@@ -543,11 +545,12 @@ def test_what_seems_harmless_is_not_cut_unless_a_limit_asks(
     assert len(cut) == 1
 
 
-def test_of_several_ways_to_solve_the_least_harmful_answer_is_taken(
+def test_of_several_ways_to_solve_the_best_after_the_closed_repair_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = fake_job(1.0)
-    job.harm = lambda found: [abs(c.id - 30.0) for c in found]  # to keep 30 would be best
+    # to keep 30 would be best
+    monkeypatch.setattr(fitting, "mended", lambda job, name, c: -abs(c.id - 30.0))
 
     def to_thirty(limits: Any) -> Any:
         return Number(id=int(min(limits[0].bound, 30)))
@@ -560,6 +563,33 @@ def test_of_several_ways_to_solve_the_least_harmful_answer_is_taken(
     monkeypatch.setattr(fitting, "least", lambda job, metric: Number(id=10))
     with pytest.raises(BudgetError, match="smallest takes 60 ms"):
         fitting.best_fitted(fake_job(6.0), "fake", [refusing, refusing])
+
+
+@pytest.mark.parametrize("goal", ["max", "min"])
+def test_a_baseline_that_validates_better_is_handed_out(goal: str) -> None:
+    """Whatever was kept within the limits and is best: the answer only wins ties."""
+    entries = {
+        name: Entry(Number(id=name), name, {"q_validation": Reading(q)})
+        for name, q in (("shrunk", 2.0), ("uniform width", 2.0), ("random", 3.0), ("over", 9.0))
+    }
+    job: Any = SimpleNamespace(quality=SimpleNamespace(name="q", goal=goal))
+    answer, *rivals = entries.values()
+    best, others = best_of(job, answer, rivals[:2], "allocate")
+    if goal == "min":
+        assert (best.name, [e.name for e in others]) == ("shrunk", ["uniform width", "random"])
+    else:
+        names = [e.name for e in others]
+        assert (best.name, names) == ("random", ["uniform width", "the answer of allocate"])
+
+
+def test_without_tuning_the_repair_ends_after_its_closed_forms(tmp_path: Path) -> None:
+    new = {"within": {"params": "60%"}, "baselines": False, "repair": True, "tune": False}
+    found = tiny_shrink(tmp_path / "run", **new)
+    (row,) = found.to_json()["shrink"]["repair"]
+    assert [s["stage"] for s in row["stages"]] == ["cut", "least squares"]
+    assert "--no-tune" in found.to_json()["reproduce"]["command"]
+    with pytest.raises(StudyError, match="tune"):
+        tiny_shrink(tmp_path / "run", **{**new, "tune": True}, resume=True)
 
 
 def test_with_bits_a_latency_is_also_kept_with_every_layer_in_integers(
@@ -578,6 +608,31 @@ def test_with_bits_a_latency_is_also_kept_with_every_layer_in_integers(
     found = tiny_shrink(tmp_path / "run", within={LATENCY: "60%"}, **new)
     chosen = {v for k, v in found.best.candidate.items() if k.startswith("bits:")}
     assert chosen == {8}
+
+
+def test_layers_of_one_kind_alone_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is off where kinds are mixed: of 4 (simulated), 8 and 32 bits, what can compute on
+    integers and what is float have an answer of their own."""
+    bits = esp.compress.Bits(options=(4, 8, 32))
+    family = esp.compress.Pretrained(trained(), torch.zeros(2, 1, 8, 8), (bits,))
+    asked: list[Any] = []
+    monkeypatch.setattr(solving, "program_on", lambda job, harm: asked.append(list(harm)))
+    for limit, count in ((None, 1), (Limit(LATENCY, 1.0), 3)):
+        job: Any = SimpleNamespace(
+            family=family, latency_limit=limit, sense=lambda: SimpleNamespace(factors=())
+        )
+        asked.clear()
+        assert len(solving.allocating(job)) == count
+    everything, integers, floats = asked
+    assert everything == []
+    names = [f.decisions for f in integers]
+    assert (
+        sorted(names)
+        == sorted((n,) for n in family.space.names)
+        == sorted(f.decisions for f in floats)
+    )
+    assert all((np.isinf(f.values) == [False, False, True]).all() for f in integers)
+    assert all((np.isinf(f.values) == [True, True, False]).all() for f in floats)
 
 
 def test_an_answer_that_is_over_the_limit_after_all_is_refused(

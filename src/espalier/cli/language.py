@@ -20,6 +20,7 @@ def refuse(
     task: str = "digits",
     device: str = "cpu",
     batch: int = 1,
+    tune: bool = True,
 ) -> None:
     """Options that a language model has no use for, and what it can't do without.
 
@@ -31,6 +32,8 @@ def refuse(
         raise EspalierError(
             f"a language model is solved by allocation and evolution: leave out --solver {solver}"
         )
+    if not tune:
+        raise EspalierError("--no-tune is for a task's models: a language model has --no-repair")
     if task != "digits":
         raise EspalierError(f"what a language model is for is --text FILE: leave out --task {task}")
     if device != "cpu":

@@ -42,6 +42,7 @@ def shrink(
     solver: options.Solver = "auto",
     measure: options.Harm = "divergence",
     repair: options.Repair = True,
+    tune: options.Tune = True,
     baselines: options.Baselines = True,
     explain: options.Explain = False,
     seed: Seed = 0,
@@ -72,7 +73,7 @@ def shrink(
         f" Go on with the same command and --resume (study: {out})." if out else ""
     ):
         if text is not None or (Path(model).is_dir() and not _reads(model)):
-            refuse(weights, solver, text, explain, task, device, batch)
+            refuse(weights, solver, text, explain, task, device, batch, tune)
             asked |= {"grouped": grouped, "context": context, "threads": threads}
             asked["within"] = limits(max_ or [])
             if memory is not None:
@@ -85,6 +86,7 @@ def shrink(
                 f"--grouped, --context and --memory are for a folder of a language model, got {model!r}"
             )
         asked |= {"weights": weights, "decisions": decisions if decisions is not None else _USUAL}
+        asked |= {"tune": tune}
         if explain:
             _explained(model, task, as_json, weights, asked["decisions"], seed)
             return

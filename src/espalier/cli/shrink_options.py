@@ -73,6 +73,10 @@ Repair = Annotated[
     bool,
     typer.Option("--repair/--no-repair", help="Least squares and fine-tuning after the cut."),
 ]
+Tune = Annotated[
+    bool,
+    typer.Option("--tune/--no-tune", help="Fine-tuning, after the repair in closed form."),
+]
 Baselines = Annotated[
     bool,
     typer.Option(

@@ -129,7 +129,7 @@ class Filler:
         self._name, self._work, self._ms = name, work, ms
         self._model: Model | None = None
 
-    def __call__(self, work: Sequence[float]) -> float:
+    def __call__(self, work: Sequence[float] | Array) -> float:
         if self._model is None:
             name = self._name or choose(self._work, self._ms)[0]
             self._model = _quietly(FILLERS[name], self._work, self._ms)

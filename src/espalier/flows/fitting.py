@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from espalier.errors import BudgetError
+from espalier.flows.repairing import mended
 from espalier.flows.shrinking import LATENCY, Shrinking
 from espalier.problem import Limit, Reading
 from espalier.space import Candidate
@@ -18,6 +19,7 @@ from espalier.space import Candidate
 _AIM, _CLOSE = 0.985, 0.965
 _ROUNDS = 8  # candidates measured
 _HURRIED, _SPENT = 3, 0.05  # rounds where they took more than this share of the time that is left
+_ALONE = 0.5  # the same, where no training waits for the time
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
@@ -30,7 +32,7 @@ Solve = Callable[[Sequence[Limit]], Candidate]
 def best_fitted(
     job: Shrinking, name: str, solves: Sequence[Solve], tighten: float = 1.0
 ) -> Candidate:
-    """The least harmful, as a whole, of what several ways to solve find.
+    """The best of what several ways to solve find: by validation, after statistics and least squares.
 
     Errors: `BudgetError` of the first, where none keeps the limits.
     """
@@ -43,10 +45,10 @@ def best_fitted(
             refused.append(error)
     if not found:
         raise refused[0]
-    if len(set(found)) == 1:
-        return found[0]
-    harms = job.harm(found)
-    return found[harms.index(min(harms))]
+    distinct = list(dict.fromkeys(found))
+    if len(distinct) == 1:
+        return distinct[0]
+    return max(distinct, key=lambda candidate: mended(job, name, candidate))
 
 
 def fitted(job: Shrinking, name: str, solve: Solve, tighten: float = 1.0) -> Candidate:
@@ -108,7 +110,8 @@ class _Fitting:
     def hurried(self) -> bool:
         """Whether a closer fit would take time that repair needs."""
         left = self.job.left()
-        return left is not None and time.monotonic() - self.began > _SPENT * left
+        share = _SPENT if self.job.trains else _ALONE
+        return left is not None and time.monotonic() - self.began > share * left
 
     def answer(self, bound: float) -> Candidate | None:
         limits = [replace(x, bound=bound) if x is self.limit else x for x in self.job.limits]

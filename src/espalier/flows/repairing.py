@@ -50,7 +50,7 @@ def repair_all(job: Shrinking, chosen: Mapping[str, Candidate]) -> dict[str, Ent
         rivals = sorted(candidates[1:], key=lambda c: -repair_of(c).closed())
         return [c.id for c in (candidates[0], *rivals[: _TUNED - 1])]
 
-    scarce = seconds is not None and job.repair and len(candidates) > _TUNED
+    scarce = seconds is not None and job.trains and len(candidates) > _TUNED
     tuned = job.study.once("fine-tuned", best) if scarce else [c.id for c in candidates]
     out = {}
     for name, candidate in chosen.items():
@@ -58,6 +58,15 @@ def repair_all(job: Shrinking, chosen: Mapping[str, Candidate]) -> dict[str, Ent
         out[name] = replace(entry_of(job, candidate), name=name)
     job.untuned += [name for name, candidate in chosen.items() if candidate.id not in tuned]
     return out
+
+
+def mended(job: Shrinking, name: str, candidate: Candidate) -> float:
+    """Quality on validation after the closed forms alone, more is better; read once a study."""
+    return float(
+        job.study.once(
+            f"mended/{candidate.id}", lambda: _Repair(job, name, candidate, None).closed()
+        )
+    )
 
 
 def _share(job: Shrinking, count: int) -> float | None:
@@ -99,7 +108,7 @@ class _Repair:
     def run(self, tuned: bool) -> None:
         """What is left of the repair; `tuned`: with training."""
         self.closed()
-        if tuned and self.job.repair and self.candidate != self.job.family.original:
+        if tuned and self.job.trains and self.candidate != self.job.family.original:
             self.started = time.time() - self.used
             self.stage("fine-tuned", self.fine_tune)
 

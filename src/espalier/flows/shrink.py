@@ -51,6 +51,7 @@ def shrink(
     solver: str = "auto",
     measure: Measure = "divergence",
     repair: bool = True,
+    tune: bool = True,
     baselines: bool = True,
     recipe: Recipe | None = None,
     seed: int = 0,
@@ -81,12 +82,14 @@ def shrink(
       "auto".
     - `measure`: what harm is: "loss", "divergence" from the original's outputs, or "gradient".
     - `repair`: False leaves the weights as cut, batch-norm statistics set anew.
+    - `tune`: False ends the repair after its closed forms, which take seconds and no labels.
     - `baselines`: False gives their time to the answer.
     - `out`: the study's folder; a new one under `runs/` when absent. `resume` goes on from it.
     - `reuse`: the folder of an earlier shrink of the same model: its table and profile are taken
       over, so that other limits take seconds up to repair.
 
-    The answer keeps the limits as measured, or `BudgetError` says what is reachable. Raises
+    What is handed out is the answer, or a baseline that keeps the limits too and is better on
+    validation. It keeps the limits as measured, or `BudgetError` says what is reachable. Raises
     `EspalierError` with one line for bad input. Ctrl-C ends cleanly; call again with `resume=True`.
     """
     began = time.time()
@@ -100,7 +103,7 @@ def shrink(
     runtime = on or OnnxRuntime()
     folder = study_folder(out, f"{task.name}-{family.name}-small", resume)
     identity = shrink_identity(family, task, asked, runtime, solver, measure, seed, cuts)
-    identity |= {"repair": repair, "baselines": baselines}
+    identity |= {"repair": repair, "baselines": baselines} | ({} if tune else {"tune": tune})
     settings = {"budget": str(spend)}
     taken = {} if reuse is None else PAID.of(Path(reuse), identity)
     study = (
@@ -114,7 +117,7 @@ def shrink(
             study.event("phase", name="reading the model", seconds=time.time() - began)
             job = Shrinking(
                 family, task, asked, runtime, study, seed, spend, show, repair, recipe, measure, taken,
-                solver=solver, baselines=baselines, cuts=cuts,
+                solver=solver, baselines=baselines, tune=tune, cuts=cuts,
             )  # fmt: skip
             return _run(job, began)
     except EspalierError as error:

@@ -65,6 +65,7 @@ class Shrinking(Measuring):
     phase_started: float = field(default_factory=time.time)
     solver: str = "auto"
     baselines: bool = True
+    tune: bool = True
     cuts: Sequence[Cut] = ()
     asked: tuple[Limit, ...] = field(init=False)  # with shares as shares
     beside: bool = field(init=False)
@@ -83,6 +84,11 @@ class Shrinking(Measuring):
     def left(self) -> float | None:
         """Seconds until the budget is spent; None without a limit on time."""
         return None if self.budget.seconds is None else self.budget.seconds - self.spent()
+
+    @property
+    def trains(self) -> bool:
+        """Whether what was cut is also trained."""
+        return self.repair and self.tune
 
     @property
     def latency_limit(self) -> Limit | None:

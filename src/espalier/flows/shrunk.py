@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,15 +42,19 @@ class Shrunk(Answer):
         solver: tuple[str, str],
         seconds: float,
     ) -> Shrunk:
-        """The answer where it keeps the limits as measured; writes everything.
+        """The answer where it keeps the limits as measured, or a rival that keeps them too and is
+        better on validation; writes everything.
 
-        Errors: `BudgetError` with how far it is.
+        Errors: `BudgetError` with how far the answer is.
         """
-        best = entries["shrunk"]
-        check_kept(job, best)
+        answer = entries["shrunk"]
+        check_kept(job, answer)
         rivals = [e for name, e in entries.items() if name != "shrunk"]
         kept = [e for e in rivals if job.keeps(e.metrics)]
-        found = cls(best, kept, _tested(job), job.study, job.study.folder, job)
+        best, others = best_of(job, answer, kept, solver[0])
+        if best is not answer:
+            job.show.note(f"{best.name} is better on validation: it is handed out")
+        found = cls(best, others, _tested(job), job.study, job.study.folder, job)
         left_out = [e.name for e in rivals if e not in kept]
         found._result = shrunk_json(job, found, solver, left_out, seconds)
         return found
@@ -67,6 +71,17 @@ class Shrunk(Answer):
         return [
             {"layer": i.layer, "kind": i.kind, "reason": i.reason} for i in self._job.family.ignored
         ]
+
+
+def best_of(
+    job: Shrinking, answer: Entry, rivals: Sequence[Entry], solver: str
+) -> tuple[Entry, list[Entry]]:
+    """The best on validation, the answer of equals; and the others."""
+    sign = 1.0 if job.quality.goal == "max" else -1.0
+    name = f"{job.quality.name}_validation"
+    best = max([answer, *rivals], key=lambda entry: sign * entry.metrics[name].value)
+    named = replace(answer, name=f"the answer of {solver}")
+    return best, [named if e is best else e for e in rivals]
 
 
 def _tested(job: Shrinking) -> Entry:

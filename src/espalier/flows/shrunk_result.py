@@ -68,6 +68,7 @@ def shrunk_json(
         "notes": [
             *job.study.notes,
             *_beside(job),
+            *_from_rivals(found),
             *_untuned(job),
             *_against_greedy(job, found),
             *disturbances(job, error, found.best),
@@ -85,6 +86,16 @@ def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
     return [
         f"By what each option harms alone, the exact program's answer harms {ours:.4g}; greedy "
         f"allocation, the most harm saved per cost, under the same limits: {other}."
+    ]
+
+
+def _from_rivals(found: Shrunk) -> list[str]:
+    """Where a baseline is handed out."""
+    beaten = [e.name for e in found.baselines if e.name.startswith("the answer of")]
+    return [
+        f"{found.best.name} was better on validation than {name} after the same repair, and keeps the "
+        "limits: it is what is handed out."
+        for name in beaten
     ]
 
 
@@ -196,6 +207,7 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
     ):
         flags += [f"--{name} {shlex.quote(str(value))}"] if value != usual else []
     flags += [] if job.repair else ["--no-repair"]
+    flags += [] if job.tune else ["--no-tune"]
     flags += [] if job.baselines else ["--no-baselines"]
     command = " ".join(
         [
@@ -212,7 +224,8 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
     python = (
         f"esp.shrink(model, {job.task.name!r}, within={within!r}, on=esp.costs.{runtime!r}, "
         f"decisions=[{cuts}], budget={str(job.budget)!r}, solver={job.solver!r}, "
-        f"measure={job.measure!r}, repair={job.repair}, baselines={job.baselines}, seed={job.seed})"
+        f"measure={job.measure!r}, repair={job.repair}, {'' if job.tune else 'tune=False, '}"
+        f"baselines={job.baselines}, seed={job.seed})"
     )
     return {"command": command, "python": python, "versions": versions()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
 
 def solves_by(job: Shrinking, solver: str) -> list[Solve]:
     """Functions that give the best candidate within limits on predicted costs; what they find is
-    compared as a whole."""
+    repaired in closed form and compared."""
     if solver == "allocate":
         return allocating(job)
     if solver == "search":
@@ -95,30 +95,47 @@ def _priced(job: Shrinking, metric: str) -> Any:
 
 def allocating(job: Shrinking) -> list[Solve]:
     """The exact program on the harm of every option, under all limits at once; and, where bits are
-    decided under a limit on latency, the same with all layers in integers.
+    decided under a limit on latency, the same with all layers in integers, and with all in float.
 
     Beside float layers an integer layer also turns numbers from one kind into the other. The table
-    holds that against every layer, so the program alone would leave some in float that are
-    slower so: with all in integers the error is the same everywhere, and measuring corrects it.
+    holds that against every layer, or against none where layers stand together, so the program
+    alone is off where kinds are mixed: with all of one kind the error is the same everywhere, and
+    measuring corrects it.
     """
     profile = job.sense()
     solves = [program_on(job, profile.factors)]
-    if job.latency_limit is not None and (integers := _all_in_integers(job)):
-        solves.append(program_on(job, [*profile.factors, *integers]))
+    if job.latency_limit is None:
+        return solves
+    for others in (_but_integers(job), _but_float(job)):
+        if others:
+            solves.append(program_on(job, [*profile.factors, *others]))
     return solves
 
 
-def _all_in_integers(job: Shrinking) -> list[Factor]:
-    """What forbids every other choice of bits than the fewest that a kernel computes with."""
+def _but_integers(job: Shrinking) -> list[Factor]:
+    """What forbids every choice of bits above the fewest that a kernel computes with."""
+    return _forbidden(job, lambda bits, kernels: bits > kernels[0])
+
+
+def _but_float(job: Shrinking) -> list[Factor]:
+    """What forbids integers."""
+    return _forbidden(job, lambda bits, kernels: bits < kernels[-1])
+
+
+def _forbidden(job: Shrinking, rule: Callable[[int, list[int]], bool]) -> list[Factor]:
+    """What forbids some bits of every layer, by a rule on them and the bits that kernels have."""
     space = job.family.space
     found = []
     for cut in job.family.cuts:
         if isinstance(cut, BoundBits) and not cut.cut.weights_only:
-            kernels = [b for b in cut.cut.options if b not in cut.simulated]
-            for name in (d.name for d in cut.decisions):
-                forbidden = np.array([math.inf if b > kernels[0] else 0.0 for b in cut.cut.options])
-                if space[name].count == len(forbidden):
-                    found.append(Factor((name,), forbidden))
+            options = cut.cut.options
+            kernels = [b for b in options if b not in cut.simulated]
+            forbidden = np.array([math.inf if rule(b, kernels) else 0.0 for b in options])
+            found += [
+                Factor((d.name,), forbidden)
+                for d in cut.decisions
+                if space[d.name].count == len(forbidden)
+            ]
     return found
 
 
