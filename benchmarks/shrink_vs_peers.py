@@ -230,6 +230,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         mix = lead(by_seed.get("espalier mix", {}), alone)
         if mix is not None:
             line["mix_ahead_of_either"] = mix
+        mixed = lead(by_seed.get("espalier mix", {}), peers)
+        if mixed is not None:  # which peers are all in float
+            line["mix_ahead_of_best"] = mixed
         out.append(line)
     return out
 

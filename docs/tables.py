@@ -157,8 +157,10 @@ def shrink_vs_peers(found: dict[str, Any]) -> str:
             [n, seeds, *(_reached(line.get(n), seeds) for line in lines)]
             for n, seeds in asked.items()
         ]
-        ahead = [f"{100 * x['ahead_of_best']:+.1f}" if "ahead_of_best" in x else "" for x in lines]
-        cells.append(["espalier, ahead of the best of the others", "", *ahead])
+        for ours, key in (("espalier", "ahead_of_best"), ("espalier mix", "mix_ahead_of_best")):
+            ahead = [f"{100 * line[key]:+.1f}" if key in line else "" for line in lines]
+            if any(ahead):
+                cells.append([f"{ours}, ahead of the best of the others", "", *ahead])
         head = ["", "seeds", *(f"{line['share']:.0%}" for line in lines)]
         parts.append(f"**{model}**, {100 * original['test']:.1f}\n\n{table(head, cells)}")
     return "\n\n".join(parts)

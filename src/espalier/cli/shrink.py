@@ -120,7 +120,9 @@ def _shrunk(
     if as_json:
         print(json.dumps(found.to_json()))
     else:
-        print_found(found.to_json(), page, "shrunk")
+        name = found.best.name
+        shown = "shrunk" if name == "shrunk" else f"shrunk: {name}"  # a baseline that was better
+        print_found(found.to_json(), page, shown)
 
 
 def _given(model: str) -> Any:

@@ -31,6 +31,7 @@ LOST = 0.01  # accuracy, at most
 AGREES = (
     0.1  # the product of the stages' ratios and the ratio from end to end, at most this far off
 )
+_RIDGE = 0.01  # holds the least squares around the weights as cut
 STAGES = ("eager", "fused", "pruned", "int8")
 Run = Callable[[], object]
 
@@ -191,7 +192,7 @@ def narrowed(
         if bench.ratio(made, reference) <= plan.share:
             break
     network = family.build(chosen)
-    repair.reconstruct(network, model, examples, seed=seed)
+    repair.reconstruct(network, model, examples, ridge=_RIDGE, seed=seed)
     repair.finetune(network, model, task, plan.tuning, seed=seed)
     return network, kept
 
