@@ -28,6 +28,7 @@ from espalier.flows.importances import importances
 from espalier.flows.progress import Silent
 from espalier.flows.shrinking import LATENCY
 from espalier.flows.shrunk import best_of
+from espalier.flows.shrunk_result import _decided_by
 from espalier.flows.solving import chosen, known_names
 from espalier.problem import Limit, Reading, SearchBudget
 from espalier.study import Study
@@ -580,6 +581,13 @@ def test_a_baseline_that_validates_better_is_handed_out(goal: str) -> None:
     else:
         names = [e.name for e in others]
         assert (best.name, names) == ("random", ["uniform width", "the answer of allocate"])
+
+
+def test_the_result_says_who_decided() -> None:
+    told = lambda name: _decided_by(SimpleNamespace(best=SimpleNamespace(name=name)), "relax", "so")  # type: ignore[arg-type]  # noqa: E731
+    assert told("shrunk") == {"name": "relax", "why": "so"}
+    assert told("random")["name"] == "random"
+    assert "relax" in told("random")["why"]
 
 
 def test_without_tuning_the_repair_ends_after_its_closed_forms(tmp_path: Path) -> None:

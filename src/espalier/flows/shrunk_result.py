@@ -52,7 +52,7 @@ def shrunk_json(
         "network": network_rows(job, found),
         "shrink": {
             "original": entry_json(found.original),
-            "solver": {"name": solver[0], "why": solver[1]},
+            "solver": _decided_by(found, *solver),
             "images": job.calibrated.samples,
             "measure": job.measure,
             "rounds": job.rounds,
@@ -87,6 +87,16 @@ def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
         f"By what each option harms alone, the exact program's answer harms {ours:.4g}; greedy "
         f"allocation, the most harm saved per cost, under the same limits: {other}."
     ]
+
+
+def _decided_by(found: Shrunk, solver: str, why: str) -> dict[str, str]:
+    """The solver, or the baseline that was better than its answer."""
+    if found.best.name == "shrunk":
+        return {"name": solver, "why": why}
+    return {
+        "name": found.best.name,
+        "why": f"better on validation than {solver}, taken because {why}",
+    }
 
 
 def _from_rivals(found: Shrunk) -> list[str]:
