@@ -49,13 +49,10 @@ def started(job: Job, cut: nn.Module, start: str | float) -> nn.Module:
 
 def rows_of(job: Job, amount: float, times: list[float], log: Path) -> None:
     """Every start at every length of one cut; each is written down as soon as it is there."""
-    done = {(r["model"], r["seed"], r["amount"], r["start"], r["seconds"]) for r in written(log)}
-    method = Uniform(job, 8)
-    chosen = {
-        d.name: min(d.options, key=lambda o: abs(int(o) / int(d.options[-1]) - amount))
-        for d in method.family.space.decisions
+    done = {
+        (r["model"], r["seed"], r["amount"], r["start"], r["seconds"]) for r in peers.written(log)
     }
-    cut = method.family.build(method.family.space.candidate(chosen))
+    cut = Uniform(job, 8).cut(amount)
     for start in STARTS:
         for seconds in times:
             if (job.name, job.seed, amount, start, seconds) in done:
@@ -71,10 +68,6 @@ def rows_of(job: Job, amount: float, times: list[float], log: Path) -> None:
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-
-
-def written(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,7 +102,7 @@ def main() -> None:
             job = Job(name, original, task, seed, options.folder, 0.0)
             for amount in AMOUNTS:
                 rows_of(job, amount, options.seconds, log)
-    rows = written(log)
+    rows = peers.written(log)
     found = {"machine": machine(), "summary": summary(rows), "rows": rows}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     for line in found["summary"]:

@@ -118,13 +118,17 @@ class Uniform(Method):
         cut = Widths(multiple=multiple, least=0.05, steps=64, importance="magnitude")
         self.family = Pretrained(job.original, job.example.repeat(2, 1, 1, 1), (cut,))
 
-    def at(self, amount: float) -> nn.Module:
-        """The nearest option of every width; batch norms get new statistics."""
+    def cut(self, amount: float) -> nn.Module:
+        """The nearest option of every width, as cut."""
         chosen = {
             d.name: min(d.options, key=lambda o: abs(int(o) / int(d.options[-1]) - amount))
             for d in self.family.space.decisions
         }
-        network = self.family.build(self.family.space.candidate(chosen))
+        return self.family.build(self.family.space.candidate(chosen))
+
+    def at(self, amount: float) -> nn.Module:
+        """The same with new statistics of batch norms."""
+        network = self.cut(amount)
         recalibrate(network, self.job.task, seed=self.job.seed)
         return network
 

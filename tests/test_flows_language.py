@@ -231,6 +231,7 @@ def espalier(*words: str | Path) -> Any:
         ("", ("--max", "bytes=20kB"), "is below the table of tokens: 32,768 bytes of embedding"),
         ("", ("--max", "bytes=60%", "--decisions", "widths"), "unknown kind of decision"),
         ("", ("--max", "bytes=60%", "--solver", "relax"), "leave out --solver"),
+        ("", ("--max", "bytes=60%", "--no-tune"), "has --no-repair"),
         ("", ("--budget", "500 trials"), "not in trials: 500 trials"),
     ],
 )

@@ -85,8 +85,8 @@ def shrink(
             raise EspalierError(
                 f"--grouped, --context and --memory are for a folder of a language model, got {model!r}"
             )
-        asked |= {"weights": weights, "decisions": decisions if decisions is not None else _USUAL}
-        asked |= {"tune": tune}
+        asked |= {"weights": weights, "tune": tune}
+        asked |= {"decisions": decisions if decisions is not None else _USUAL}
         if explain:
             _explained(model, task, as_json, weights, asked["decisions"], seed)
             return

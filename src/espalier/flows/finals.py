@@ -20,6 +20,8 @@ from espalier.problem import Reading, front
 from espalier.space import Candidate
 from espalier.study import Trial
 
+ANSWER = "shrunk"  # the entry of a shrink's own answer
+
 
 @dataclass
 class Entry:

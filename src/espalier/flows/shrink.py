@@ -15,6 +15,7 @@ from espalier.costs import Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError, EspalierError
 from espalier.estimators.calibration import Measure
 from espalier.flows.decisions import make_cuts
+from espalier.flows.finals import ANSWER
 from espalier.flows.fitting import best_fitted
 from espalier.flows.given import ModelLike, given_model
 from espalier.flows.importances import importances
@@ -34,7 +35,6 @@ from espalier.train import Recipe
 from espalier.train.evaluate import calibration
 
 _CALIBRATION = 128  # images that ranges of activations are read from
-_ANSWER = "shrunk"
 _TIGHTER = (1.0, 0.95, 0.88)  # where the repaired network lands over the limit after all
 
 
@@ -142,19 +142,19 @@ def _run(job: Shrinking, began: float) -> Shrunk:
         solves = solves_by(job, name)
     with job.phase("allocation"):
         job.show.phase("choosing within the limits as measured", 1)
-        wanted = {_ANSWER: best_fitted(job, _ANSWER, solves)}
+        wanted = {ANSWER: best_fitted(job, ANSWER, solves)}
         if job.baselines:
             wanted |= rivals(job)
     with job.phase("repair"):
         entries = repair_all(job, wanted)
         for tighter in _TIGHTER[1:]:
-            if job.keeps(entries[_ANSWER].metrics):
+            if job.keeps(entries[ANSWER].metrics):
                 break
             job.show.note("the repaired network is over the limit: choosing a smaller one")
-            over = entries[_ANSWER]
+            over = entries[ANSWER]
             job.slower[over.candidate] = over.metrics["latency_ms"].value
-            again = best_fitted(job, _ANSWER, solves, tighter)
-            entries |= repair_all(job, {_ANSWER: again})
+            again = best_fitted(job, ANSWER, solves, tighter)
+            entries |= repair_all(job, {ANSWER: again})
     return Shrunk.settle(job, entries, (name, why), time.time() - began)
 
 

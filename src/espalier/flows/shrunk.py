@@ -11,7 +11,7 @@ from torch import nn
 
 from espalier import train
 from espalier.flows.answer import Answer
-from espalier.flows.finals import check_kept
+from espalier.flows.finals import ANSWER, check_kept
 from espalier.flows.shrunk_result import shrunk_json
 from espalier.problem import Reading
 from espalier.study import Study
@@ -47,9 +47,9 @@ class Shrunk(Answer):
 
         Errors: `BudgetError` with how far the answer is.
         """
-        answer = entries["shrunk"]
+        answer = entries[ANSWER]
         check_kept(job, answer)
-        rivals = [e for name, e in entries.items() if name != "shrunk"]
+        rivals = [e for name, e in entries.items() if name != ANSWER]
         kept = [e for e in rivals if job.keeps(e.metrics)]
         best, others = best_of(job, answer, kept, solver[0])
         if best is not answer:

@@ -14,6 +14,7 @@ from torch import Tensor
 from espalier.compress import Cut
 from espalier.errors import EspalierError
 from espalier.flows.decisions import told
+from espalier.flows.finals import ANSWER
 from espalier.flows.machine import versions
 from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
 from espalier.flows.shrinking import LATENCY
@@ -68,7 +69,7 @@ def shrunk_json(
         "notes": [
             *job.study.notes,
             *_beside(job),
-            *_from_rivals(found),
+            *_from_rivals(found, solver[0]),
             *_untuned(job),
             *_against_greedy(job, found),
             *disturbances(job, error, found.best),
@@ -91,7 +92,7 @@ def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
 
 def _decided_by(found: Shrunk, solver: str, why: str) -> dict[str, str]:
     """The solver, or the baseline that was better than its answer."""
-    if found.best.name == "shrunk":
+    if found.best.name == ANSWER:
         return {"name": solver, "why": why}
     return {
         "name": found.best.name,
@@ -99,13 +100,13 @@ def _decided_by(found: Shrunk, solver: str, why: str) -> dict[str, str]:
     }
 
 
-def _from_rivals(found: Shrunk) -> list[str]:
-    """Where a baseline is handed out."""
-    beaten = [e.name for e in found.baselines if e.name.startswith("the answer of")]
+def _from_rivals(found: Shrunk, solver: str) -> list[str]:
+    """Whether a baseline is handed out."""
+    if found.best.name == ANSWER:
+        return []
     return [
-        f"{found.best.name} was better on validation than {name} after the same repair, and keeps the "
-        "limits: it is what is handed out."
-        for name in beaten
+        f"{found.best.name} was better on validation than the answer of {solver}, and keeps the limits: "
+        "it is what is handed out."
     ]
 
 

@@ -46,8 +46,8 @@ def reconstruct(
     models at once: memory is that of one such pass, without gradients. Layers are matched by
     name; which of the original's channels one has kept is found by its weights, or given in `kept`
     (indices by layer name). Weights that were set to 0 stay 0. `ridge` holds the weights back, in
-    units of the inputs' mean square: with little of it the network is not better at once, and learns
-    worse when it is fine-tuned (`benchmarks/shrink_repair.py`). Quantised layers' weights are refitted before they are rounded,
+    units of the inputs' mean square: with less of it the network is better at once, and mostly worse
+    after a long fine-tuning (`benchmarks/shrink_repair.py`). Quantised layers' weights are refitted before they are rounded,
     and what comes after makes up for the rounding; activations are not rounded meanwhile, and
     their ranges have to be taken again (`ranges.calibrate`). Batch norms get the original's statistics, because refitted
     layers give nearly what the original's gave: statistics from the examples were measured to be
