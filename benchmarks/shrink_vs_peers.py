@@ -20,7 +20,7 @@ Peers and uniform widths come twice: in multiples of 4 channels, and "by 8".
 
 The test images are read once, when all networks are there. Every network is written down as soon as it
 is made: a run that is stopped goes on, and runs of different seeds (`--first`) may share a folder; the
-last of them sums up all.
+last of them sums up all. Models that a run does not have stay in the results as they are.
 
     python benchmarks/shrink_vs_peers.py --models resnet20 --seeds 1 --seconds 60     # about an hour
     python benchmarks/shrink_vs_peers.py --quick                                      # minutes
@@ -237,6 +237,17 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
+def with_others(found: Row, before: Row) -> Row:
+    """What was found, and of what was found before the models that it does not have."""
+    own = found["settings"]
+    settings = {k: v for k, v in before.get("settings", {}).items() if k not in own}
+    lists = {
+        name: [row for row in before.get(name, ()) if row["model"] not in own] + found[name]
+        for name in ("originals", "summary", "rows")
+    }
+    return {**found, "settings": settings | own, **lists}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(DATA), choices=list(DATA))
@@ -272,16 +283,18 @@ def main() -> None:
     rows = [r for r in rows if r["model"] in tasks]  # a folder may hold those of other models
     tests = tested([*rows, *originals], options.folder, tasks)
     rows, originals = tests[: len(rows)], tests[len(rows) :]
-    found = {
-        "machine": machine(),
-        "settings": {
-            name: getattr(options, name)
-            for name in ("data", "seconds", "baseline_seconds", "plan_seconds", "threads")
+    names = ("data", "seconds", "baseline_seconds", "plan_seconds", "threads")
+    settings = {name: getattr(options, name) for name in names}
+    found = with_others(
+        {
+            "machine": machine(),
+            "settings": dict.fromkeys(tasks, settings),
+            "originals": originals,
+            "summary": summary(rows),
+            "rows": rows,
         },
-        "originals": originals,
-        "summary": summary(rows),
-        "rows": rows,
-    }
+        json.loads(options.out.read_text()) if options.out.exists() else {},
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     for line in found["summary"]:

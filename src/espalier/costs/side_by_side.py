@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +41,8 @@ class Ratio:
     rounds: int
 
 
-def ratio(runtime: OnnxRuntime, model: bytes, reference: bytes, example: Tensor) -> Ratio:
-    """How long a model takes, as a share of a reference timed beside it, in 3 to 9 rounds.
+def ratio(runtime: OnnxRuntime, model: bytes | Path, reference: bytes, example: Tensor) -> Ratio:
+    """How long a model (bytes or path) takes, as a share of a reference timed beside it, in 3 to 9 rounds.
 
     `example` has the runtime's batch. Rounds end when the quartiles of the ratios agree within 2%.
     """
@@ -58,7 +59,7 @@ def ratio(runtime: OnnxRuntime, model: bytes, reference: bytes, example: Tensor)
 
 
 def _round(
-    runtime: OnnxRuntime, models: Sequence[bytes], example: Tensor, rng: np.random.Generator
+    runtime: OnnxRuntime, models: Sequence[bytes | Path], example: Tensor, rng: np.random.Generator
 ) -> list[float]:
     times = [0.0] * len(models)
     for i in rng.permutation(len(models)):

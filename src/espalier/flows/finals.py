@@ -23,6 +23,11 @@ from espalier.study import Trial
 ANSWER = "shrunk"  # the entry of a shrink's own answer
 
 
+def named(name: str, solver: str) -> str:
+    """What an entry of a shrink is called where another one is handed out."""
+    return f"the answer of {solver}" if name == ANSWER else name
+
+
 @dataclass
 class Entry:
     """A trained and measured candidate: a row of the result."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,25 +30,26 @@ Solve = Callable[[Sequence[Limit]], Candidate]
 
 
 def best_fitted(
-    job: Shrinking, name: str, solves: Sequence[Solve], tighten: float = 1.0
-) -> Candidate:
-    """The best of what several ways to solve find: by validation, after statistics and least squares.
+    job: Shrinking, name: str, solves: Mapping[str, Solve], tighten: float = 1.0
+) -> dict[str, Candidate]:
+    """What several ways to solve find: the best by validation, after statistics and least squares,
+    comes first and has `name`; the others have the names of their ways.
 
     Errors: `BudgetError` of the first, where none keeps the limits.
     """
-    found: list[Candidate] = []
+    found: dict[Candidate, str] = {}
     refused: list[BudgetError] = []
-    for solve in solves:
+    for way, solve in solves.items():
         try:
-            found.append(fitted(job, name, solve, tighten))
+            found.setdefault(fitted(job, name, solve, tighten), way)
         except BudgetError as error:
             refused.append(error)
     if not found:
         raise refused[0]
-    distinct = list(dict.fromkeys(found))
-    if len(distinct) == 1:
-        return distinct[0]
-    return max(distinct, key=lambda candidate: mended(job, name, candidate))
+    if len(found) == 1:
+        return {name: next(iter(found))}
+    best = max(found, key=lambda candidate: mended(job, name, candidate))
+    return {name: best} | {way: c for c, way in found.items() if c != best}
 
 
 def fitted(job: Shrinking, name: str, solve: Solve, tighten: float = 1.0) -> Candidate:

@@ -81,6 +81,10 @@ class Measuring:
         got = self.study.once(f"{key}/{candidate.id}", measure)
         return Reading(got["value"], "ms", "measured", "", got["spread"])
 
+    def file_latency(self, path: Path) -> float:
+        """Milliseconds of an ONNX file on the real runtime, measured now."""
+        return self.runtime.quick(path, self.runtime.batched(self.family.example())).median_ms
+
     def settled(self, candidate: Candidate, network: nn.Module) -> Reading:
         """The trained network's latency; where it lands over the limit and the first measurement
         did not, the median of four decides."""

@@ -22,25 +22,34 @@ from espalier.space import Candidate
 from espalier.train.evaluate import calibration
 
 START = "repaired"
-STAGES = ("cut", "statistics", "least squares", "fine-tuned")
 _LAST_SECONDS = 8.0  # export and report, after everything else
 _EXAMPLES = 512  # of least squares
 _TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
 _LEAST = 1.0  # seconds of repair for each network, however little is left
+_AGAIN = 0.25  # of the first share, where a smaller network has to be repaired after all
 
 
-def repair_all(job: Shrinking, chosen: Mapping[str, Candidate]) -> dict[str, Entry]:
+def repair_all(
+    job: Shrinking, chosen: Mapping[str, Candidate], again: bool = False
+) -> dict[str, Entry]:
     """Repairs each candidate, the answer first; measures and tests each.
 
     Time that is limited is split into at most `_TUNED` equal shares: the answer has one, and so have
     the rivals that are best by validation after least squares. The others, told in `job.untuned`,
-    stay so: a baseline more takes nothing from the answer, and all that learn learn as long.
+    stay so: a baseline more takes nothing from the answer, and all that learn learn as long. What is
+    repaired `again`, since the first answer was over a limit after all, has what is left of the time,
+    and a quarter of the first share at least.
     """
     names: dict[Candidate, str] = {}
     for name, candidate in chosen.items():
         names.setdefault(candidate, name)
     candidates = list(names)
     seconds = job.study.once("repair seconds", lambda: _share(job, len(candidates)))
+    if again and seconds is not None:
+        least = _AGAIN * seconds
+        seconds = job.study.once(
+            f"repair seconds/{candidates[0].id}", lambda: _share(job, len(candidates), least)
+        )
 
     @cache
     def repair_of(candidate: Candidate) -> _Repair:
@@ -69,9 +78,11 @@ def mended(job: Shrinking, name: str, candidate: Candidate) -> float:
     )
 
 
-def _share(job: Shrinking, count: int) -> float | None:
+def _share(job: Shrinking, count: int, least: float = 0.0) -> float | None:
     left = job.left()
-    return None if left is None else max((left - _LAST_SECONDS) / min(count, _TUNED), _LEAST)
+    if left is None:
+        return None
+    return max((left - _LAST_SECONDS) / min(count, _TUNED), least, _LEAST)
 
 
 def repaired(
@@ -113,14 +124,15 @@ class _Repair:
             self.stage("fine-tuned", self.fine_tune)
 
     def closed(self) -> float:
-        """Statistics and least squares, once; gives the best validation quality, more is better."""
+        """Least squares, or statistics set anew where they are not wanted or did not help, once; gives
+        the best validation quality, more is better."""
         if not self.stages:
             self.started = time.time()
             self.judge("cut", self.best)
             if self.candidate != self.job.family.original:
                 if self.job.repair:
-                    self.stage("least squares", self.least_squares)  # it sets statistics itself
-                else:
+                    self.stage("least squares", self.least_squares)  # statistics are the original's
+                if not (self.job.repair and self.stages[-1]["kept"]):
                     self.stage("statistics", self.statistics)
             self.used = time.time() - self.started
         return self.top

@@ -142,9 +142,8 @@ def _run(job: Shrinking, began: float) -> Shrunk:
         solves = solves_by(job, name)
     with job.phase("allocation"):
         job.show.phase("choosing within the limits as measured", 1)
-        wanted = {ANSWER: best_fitted(job, ANSWER, solves)}
-        if job.baselines:
-            wanted |= rivals(job)
+        wanted = best_fitted(job, ANSWER, solves)
+        wanted = wanted | rivals(job) if job.baselines else {ANSWER: wanted[ANSWER]}
     with job.phase("repair"):
         entries = repair_all(job, wanted)
         for tighter in _TIGHTER[1:]:
@@ -153,8 +152,11 @@ def _run(job: Shrinking, began: float) -> Shrunk:
             job.show.note("the repaired network is over the limit: choosing a smaller one")
             over = entries[ANSWER]
             job.slower[over.candidate] = over.metrics["latency_ms"].value
-            again = best_fitted(job, ANSWER, solves, tighter)
-            entries |= repair_all(job, {ANSWER: again})
+            try:
+                again = best_fitted(job, ANSWER, solves, tighter)
+            except BudgetError:
+                break  # a rival may keep the limits
+            entries |= repair_all(job, {ANSWER: again[ANSWER]}, again=True)
     return Shrunk.settle(job, entries, (name, why), time.time() - began)
 
 

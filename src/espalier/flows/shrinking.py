@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from espalier import train
 from espalier.compress import Cut, Pretrained
 from espalier.compress.sparsity import StoredBytes
 from espalier.costs import CodeCost, Counts, OnnxRuntime, PredictedLatency
-from espalier.costs.side_by_side import ratio
+from espalier.costs.side_by_side import Ratio, ratio
 from espalier.estimators.calibration import Calibrated, Measure
 from espalier.export import to_onnx
 from espalier.flows.finals import Entry
@@ -144,8 +145,7 @@ class Shrinking(Measuring):
 
         def measure() -> dict[str, Any]:
             built = self.family.build(candidate) if network is None else network
-            given, x = self.given
-            found = ratio(self.runtime, to_onnx(built.eval(), x, fast=True), given, x)
+            found = self._share(to_onnx(built.eval(), self.given[1], fast=True))
             return {
                 "value": found.value * original,
                 "spread": found.spread * original,
@@ -156,6 +156,17 @@ class Shrinking(Measuring):
 
         got = self.study.once(f"{key}/{candidate.id}", measure)
         return Reading(got["value"], "ms", "measured", "", got["spread"])
+
+    def file_latency(self, path: Path) -> float:
+        """The same of an ONNX file, now."""
+        if not self.beside:
+            return super().file_latency(path)
+        return self._share(path).value * self.original.metrics[LATENCY].value
+
+    def _share(self, model: bytes | Path) -> Ratio:
+        """Of the original's latency, timed in turns with it."""
+        given, x = self.given
+        return ratio(self.runtime, model, given, x)
 
     def validated(self, judged: Mapping[str, float]) -> dict[str, Reading]:
         """Validation metrics as readings, named `<metric>_validation`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from espalier import train
 from espalier.flows.answer import Answer
-from espalier.flows.finals import ANSWER, check_kept
+from espalier.flows.finals import ANSWER, check_kept, named
 from espalier.flows.shrunk_result import shrunk_json
 from espalier.problem import Reading
 from espalier.study import Study
@@ -45,17 +45,16 @@ class Shrunk(Answer):
         """The answer where it keeps the limits as measured, or a rival that keeps them too and is
         better on validation; writes everything.
 
-        Errors: `BudgetError` with how far the answer is.
+        Errors: `BudgetError` with how far the answer is, where no rival keeps them either.
         """
-        answer = entries[ANSWER]
-        check_kept(job, answer)
-        rivals = [e for name, e in entries.items() if name != ANSWER]
-        kept = [e for e in rivals if job.keeps(e.metrics)]
-        best, others = best_of(job, answer, kept, solver[0])
-        if best is not answer:
+        kept = {name: e for name, e in entries.items() if job.keeps(e.metrics)}
+        if not kept:
+            check_kept(job, entries[ANSWER])
+        best, *others = best_first(job, kept, solver[0])
+        if best.name != ANSWER:
             job.show.note(f"{best.name} is better on validation: it is handed out")
         found = cls(best, others, _tested(job), job.study, job.study.folder, job)
-        left_out = [e.name for e in rivals if e not in kept]
+        left_out = [named(n, solver[0]) for n in entries if n not in kept]
         found._result = shrunk_json(job, found, solver, left_out, seconds)
         return found
 
@@ -73,15 +72,13 @@ class Shrunk(Answer):
         ]
 
 
-def best_of(
-    job: Shrinking, answer: Entry, rivals: Sequence[Entry], solver: str
-) -> tuple[Entry, list[Entry]]:
-    """The best on validation, the answer of equals; and the others."""
+def best_first(job: Shrinking, kept: Mapping[str, Entry], solver: str) -> list[Entry]:
+    """The best on validation, the answer of equals; then the others as they come."""
     sign = 1.0 if job.quality.goal == "max" else -1.0
-    name = f"{job.quality.name}_validation"
-    best = max([answer, *rivals], key=lambda entry: sign * entry.metrics[name].value)
-    named = replace(answer, name=f"the answer of {solver}")
-    return best, [named if e is best else e for e in rivals]
+    metric = f"{job.quality.name}_validation"
+    best = max(kept.values(), key=lambda e: (sign * e.metrics[metric].value, e.name == ANSWER))
+    others = [e for e in kept.values() if e is not best]
+    return [best, *(replace(e, name=named(e.name, solver)) for e in others)]
 
 
 def _tested(job: Shrinking) -> Entry:

@@ -14,7 +14,7 @@ from torch import Tensor
 from espalier.compress import Cut
 from espalier.errors import EspalierError
 from espalier.flows.decisions import told
-from espalier.flows.finals import ANSWER
+from espalier.flows.finals import ANSWER, named
 from espalier.flows.machine import versions
 from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
 from espalier.flows.shrinking import LATENCY
@@ -64,7 +64,7 @@ def shrunk_json(
         },
         "verdicts": [
             *beaten(job, found.best, found.baselines),
-            *(f"The baseline {n} is over the limit as measured and is left out." for n in left_out),
+            *(f"Over the limit as measured and left out: {n}." for n in left_out),
         ],
         "notes": [
             *job.study.notes,
@@ -91,23 +91,26 @@ def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
 
 
 def _decided_by(found: Shrunk, solver: str, why: str) -> dict[str, str]:
-    """The solver, or the baseline that was better than its answer."""
+    """The solver, or the rival that was better than its answer."""
     if found.best.name == ANSWER:
         return {"name": solver, "why": why}
     return {
         "name": found.best.name,
-        "why": f"better on validation than {solver}, taken because {why}",
+        "why": f"better on validation than {solver}, or alone within the limits; {solver} was taken "
+        f"because {why}",
     }
 
 
 def _from_rivals(found: Shrunk, solver: str) -> list[str]:
-    """Whether a baseline is handed out."""
+    """Whether a rival is handed out, and why."""
     if found.best.name == ANSWER:
         return []
-    return [
-        f"{found.best.name} was better on validation than the answer of {solver}, and keeps the limits: "
-        "it is what is handed out."
-    ]
+    answer = named(ANSWER, solver)
+    if any(e.name == answer for e in found.baselines):
+        why = f"{found.best.name} was better on validation than {answer}, and keeps the limits"
+    else:
+        why = f"{answer} was over the limits once it was repaired; {found.best.name} keeps them"
+    return [f"{why}: it is what is handed out."]
 
 
 def _untuned(job: Shrinking) -> list[str]:

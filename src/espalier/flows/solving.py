@@ -32,6 +32,7 @@ SOLVERS: Mapping[str, str] = {
     "relax:pas": "binary gates (Pruning-as-Search, Li et al., 2022)",
     "relax:bip": "bi-level masks (Zhang et al., 2022)",
 }
+MIXED = "kinds mixed"  # layers in integers beside layers in float
 _SAME = {"relax:dsa": "relax"}  # in studies
 _FEW = 64  # candidates that are all judged whole, rather than option by option
 _ENOUGH = 32  # images: on a toy, the program chose better on 4 and 16, whole candidates from 64 on
@@ -68,16 +69,16 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
     )
 
 
-def solves_by(job: Shrinking, solver: str) -> list[Solve]:
-    """Functions that give the best candidate within limits on predicted costs; what they find is
-    repaired in closed form and compared."""
+def solves_by(job: Shrinking, solver: str) -> dict[str, Solve]:
+    """Functions that give the best candidate within limits on predicted costs, by name; where there
+    are several, what they find is compared once it is repaired."""
     if solver == "allocate":
         return allocating(job)
     if solver == "search":
-        return [searching(job)]
+        return {solver: searching(job)}
     from espalier.flows.gating import relaxing
 
-    return [relaxing(job, solver)]
+    return {solver: relaxing(job, solver)}
 
 
 # --- allocate ----------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def _priced(job: Shrinking, metric: str) -> Any:
     return found[0] if found else Counts(job.family)
 
 
-def allocating(job: Shrinking) -> list[Solve]:
+def allocating(job: Shrinking) -> dict[str, Solve]:
     """The exact program on the harm of every option, under all limits at once; and, where bits are
     decided under a limit on latency, the same with all layers in integers, and with all in float.
 
@@ -103,13 +104,14 @@ def allocating(job: Shrinking) -> list[Solve]:
     measuring corrects it.
     """
     profile = job.sense()
-    solves = [program_on(job, profile.factors)]
-    if job.latency_limit is None:
-        return solves
-    for others in (_but_integers(job), _but_float(job)):
-        if others:
-            solves.append(program_on(job, [*profile.factors, *others]))
-    return solves
+    ways = {MIXED: list[Factor]()}
+    if job.latency_limit is not None:
+        ways |= {"all in integers": _but_integers(job), "all in float": _but_float(job)}
+    return {
+        name: program_on(job, [*profile.factors, *others])
+        for name, others in ways.items()
+        if others or name == MIXED
+    }
 
 
 def _but_integers(job: Shrinking) -> list[Factor]:
