@@ -51,7 +51,7 @@ def check_masks(names: Sequence[str], solver: str) -> None:
         )
     if others := kinds & {"bits", "sparsity"}:
         raise EspalierError(
-            f"solver {solver!r} learns which channels and blocks stay, not "
+            f"solver {solver!r} learns which channels stay, not "
             f"{' or '.join(sorted(others))}: leave that out of the decisions, or take "
             "solver='allocate'"
         )
@@ -61,7 +61,8 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
     """Masks learn within the limits, once; each answer is the candidate nearest to what was learned
     that keeps the limits, solved exactly.
 
-    The learned order of channels becomes the family's.
+    The learned order of channels becomes the family's. No mask is on a block: one goes only where
+    channels alone do not keep a limit.
     """
     method = METHODS[solver]
     path = job.study.folder / "gates-scores.safetensors"
