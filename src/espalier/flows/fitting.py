@@ -23,7 +23,10 @@ _ALONE = 0.5  # the same, where no training waits for the time
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
-_LOOKS = 3  # on a busy machine the middle of this many measurements counts
+_LOOKS = (
+    3  # on a busy machine, and just within the limit, the middle of this many measurements counts
+)
+_JUST = 0.97  # of the limit: nearer, and a lucky look would be found out after the repair
 
 # The best candidate within limits on predicted costs. `BudgetError` where there is none.
 Solve = Callable[[Sequence[Limit]], Candidate]
@@ -136,16 +139,19 @@ class _Fitting:
     def measured(self, candidate: Candidate, bound: float) -> float:
         if candidate not in self.times:
             # what was found over the limit after its repair is not chosen again
-            took = max(measured(self.job, candidate), self.job.slower.get(candidate, 0.0))
+            took = measured(self.job, candidate, self.wanted)
+            took = max(took, self.job.slower.get(candidate, 0.0))
             self.times[candidate] = took
             _note(self.job, self.name, candidate, bound, took, self.wanted)
         return self.times[candidate]
 
 
-def measured(job: Shrinking, candidate: Candidate) -> float:
-    """Milliseconds on the runtime; on a busy machine the middle of several measurements."""
+def measured(job: Shrinking, candidate: Candidate, wanted: float) -> float:
+    """Milliseconds on the runtime; on a busy machine, and just within what is wanted, the middle of
+    several measurements."""
     first = job.measured(candidate, None, "latency")
-    if not job.study.once(f"latency/{candidate.id}", dict).get("busy"):
+    busy = job.study.once(f"latency/{candidate.id}", dict).get("busy")
+    if not busy and not _JUST * wanted < first.value <= wanted:
         return first.value
     more = [job.measured(candidate, None, f"latency-{i}") for i in range(1, _LOOKS)]
     return float(np.median([first.value, *(r.value for r in more)]))
@@ -157,7 +163,7 @@ def cheapest(job: Shrinking, name: str, wanted: float) -> Candidate:
     Errors: `BudgetError` with what it takes.
     """
     candidate = least(job, LATENCY)
-    took = measured(job, candidate)
+    took = measured(job, candidate, wanted)
     _note(job, name, candidate, 0.0, took, wanted)
     reading = Reading(took, "ms", "measured")
     if took <= wanted and job.keeps({**job.price(candidate), LATENCY: reading}):
