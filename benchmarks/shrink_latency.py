@@ -1,8 +1,10 @@
 """How well the latency table of a trained model predicts shrunk models, measured whole.
 
-Random candidates of widths and depth of ResNet-20 (and other models of `models.py`): the table is
-calibrated, then candidates that it has not seen are predicted, built, and measured in ONNX Runtime.
-A line over MACs, fitted to as many whole networks as the calibration measures, is the comparison.
+Random candidates of widths and depth of ResNet-20 (and other models of `models.py`), for those called
+mixed also of layers in 8 bits beside layers in float: the table is calibrated, then candidates that it
+has not seen are predicted, built, and measured in ONNX Runtime. A line over MACs, fitted to as many
+whole networks as the calibration measures, is the comparison; for mixed ones also a line over the table
+without its turns, the pieces where floats meet integers.
 Each network is measured in rounds until it was once measured while the machine ran at its best
 pace, as a small network timed before and after tells; `steady` is the share that was, the others
 count with their least median.
@@ -29,17 +31,22 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import models
-from espalier.compress import Depth, Pretrained, Widths
+from espalier.compress import Bits, Cut, Depth, Pretrained, Widths
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency, machine
 from espalier.costs.pace import STEADY, Pace
+from espalier.costs.turn import Turn
 from espalier.export import to_onnx
 
 RESULT = Path(__file__).parent / "results" / "shrink_latency.json"
-SETTINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet20": (models.resnet20, (1, 3, 32, 32)),
-    "resnet20 pad": (lambda: models.resnet20("pad"), (1, 3, 32, 32)),
-    "mobilenet": (models.mobilenet, (1, 3, 16, 16)),
-    "resnet56": (models.resnet56, (1, 3, 32, 32)),
+FLOAT: tuple[Cut, ...] = (Widths(), Depth())
+MIXED = (*FLOAT, Bits())
+SETTINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[Cut]]] = {
+    "resnet20": (models.resnet20, (1, 3, 32, 32), FLOAT),
+    "resnet20 pad": (lambda: models.resnet20("pad"), (1, 3, 32, 32), FLOAT),
+    "resnet20 mixed": (models.resnet20, (1, 3, 32, 32), MIXED),
+    "mobilenet": (models.mobilenet, (1, 3, 16, 16), FLOAT),
+    "mobilenet mixed": (models.mobilenet, (1, 3, 16, 16), MIXED),
+    "resnet56": (models.resnet56, (1, 3, 32, 32), FLOAT),
 }
 Array = NDArray[np.float64]
 
@@ -64,9 +71,10 @@ def line(x: Array, y: Array, at: Array) -> Array:
 
 def once(name: str, seed: int, networks: int, runtime: OnnxRuntime, rounds: int) -> dict[str, Any]:
     """One calibration, and its judgement on candidates that it has not seen."""
-    make, shape = SETTINGS[name]
+    make, shape, cuts = SETTINGS[name]
     torch.manual_seed(seed)
-    family = Pretrained(make(), torch.zeros(shape), (Widths(), Depth()), name)
+    data = torch.randn(16, *shape[1:])
+    family = Pretrained(make(), torch.zeros(shape), cuts, name, calibration=data)
     table = PredictedLatency(family, runtime)
     start = time.perf_counter()
     error = table.calibrate(seed=seed)["error"]
@@ -79,11 +87,13 @@ def once(name: str, seed: int, networks: int, runtime: OnnxRuntime, rounds: int)
     truth, ends_ms = every[: len(rows)], every[len(rows) :]
     macs = Counts(family).estimate_codes(rows)["macs"]
     seen, held = slice(networks, None), slice(networks)
-    predicted = table.estimate_codes(rows)["latency_ms"][held]
+    every_ms = table.estimate_codes(rows)["latency_ms"]
+    predicted, layers = every_ms[held], every_ms - turned(table, rows)
     ends_off = table.estimate_codes(ends)["latency_ms"] / ends_ms - 1
     return {
         "table": agreement(predicted, truth[held]),
         "line over macs": agreement(line(macs[seen], truth[seen], macs[held]), truth[held]),
+        "without turns": agreement(line(layers[seen], truth[seen], layers[held]), truth[held]),
         "steady": steady,
         "seconds": seconds,
         "smallest_off": float(ends_off[0]),
@@ -97,6 +107,15 @@ def once(name: str, seed: int, networks: int, runtime: OnnxRuntime, rounds: int)
             for c, p, m in zip(space.decode(rows[held]), predicted, truth[held], strict=True)
         ],
     }
+
+
+def turned(table: PredictedLatency, rows: Any) -> Array:
+    """Milliseconds of the turns of each row."""
+    terms, total = table.terms("latency_ms"), np.zeros(len(rows))
+    for part in terms.pieces.parts(rows):
+        if part.pieces and isinstance(terms.pieces.make(part.pieces[0])[0], Turn):
+            total += part.values(np.array([terms.of(piece) for piece in part.pieces]))
+    return total
 
 
 def measured(
@@ -123,7 +142,7 @@ def measured(
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median, least and greatest over the seeds."""
     out: dict[str, Any] = {}
-    for name in ("table", "line over macs"):
+    for name in ("table", "line over macs", "without turns"):
         out[name] = {k: _spread([run[name][k] for run in runs]) for k in runs[0][name]}
     for name in ("seconds", "scale", "overhead_ms", "smallest_off", "original_off", "load"):
         out[name] = _spread([run[name] for run in runs])
@@ -166,12 +185,13 @@ def main() -> None:
 
 def said(name: str, short: dict[str, Any], run: dict[str, Any]) -> str:
     """One line on a setting."""
-    ours, macs = short["table"], short["line over macs"]
+    ours, macs, layers = (short[k] for k in ("table", "line over macs", "without turns"))
     return (
         f"{name:13} spearman {ours['spearman']['median']:.3f} (least {ours['spearman']['min']:.3f}),"
         f" within 10% {ours['within_10_percent']['median']:.0%} (least "
         f"{ours['within_10_percent']['min']:.0%}), off {ours['median_error']['median']:.1%}; macs "
-        f"{macs['spearman']['median']:.3f}, {macs['within_10_percent']['median']:.0%}; original "
+        f"{macs['spearman']['median']:.3f}, {macs['within_10_percent']['median']:.0%}; without turns "
+        f"{layers['spearman']['median']:.3f}, {layers['within_10_percent']['median']:.0%}; original "
         f"{run['original_ms']:.2f} ms, off {short['original_off']['median']:+.1%}; "
         f"{run['steady']:.0%} steady; "
         f"{run['units_measured']} of {run['units']} pieces, {short['seconds']['median']:.0f} s, "

@@ -6,8 +6,9 @@ images at hand (the MobileNet is trained on them, at 16x16); that network is eve
 
 Each method gives, for every share, a network whose latency in ONNX Runtime (one thread, batch 1, timed
 beside the original) keeps it. Each is then fine-tuned in the same way for the same processor time, so
-that what else runs on the machine decides nothing: SGD and a cosine, half of the loss from the original's outputs, the best epoch by validation. What `shrink` spends
-on its closed-form repair is taken off its time.
+that what else runs on the machine decides nothing: SGD and a cosine, half of the loss from the
+original's outputs, the best epoch by validation. What `shrink` spends on its closed-form repair is
+taken off its time.
 
 - espalier: `espalier.shrink` over widths and depth, least squares, fine-tuning.
 - espalier bits, espalier mix: the same over 8 bits or float for every layer, and over all three
@@ -20,7 +21,9 @@ Peers and uniform widths come twice: in multiples of 4 channels, and "by 8".
 
 The test images are read once, when all networks are there. Every network is written down as soon as it
 is made: a run that is stopped goes on, and runs of different seeds (`--first`) may share a folder; the
-last of them sums up all. Models that a run does not have stay in the results as they are.
+last of them sums up all. With `--keep` what the results file has of other models, seeds and methods stays,
+made on another machine, say, from another original. Leads are taken seed by seed, so all methods of a seed
+should come from one run.
 
     python benchmarks/shrink_vs_peers.py --models resnet20 --seeds 1 --seconds 60     # about an hour
     python benchmarks/shrink_vs_peers.py --quick                                      # minutes
@@ -237,15 +240,24 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
-def with_others(found: Row, before: Row) -> Row:
-    """What was found, and of what was found before the models that it does not have."""
-    own = found["settings"]
-    settings = {k: v for k, v in before.get("settings", {}).items() if k not in own}
-    lists = {
-        name: [row for row in before.get(name, ()) if row["model"] not in own] + found[name]
-        for name in ("originals", "summary", "rows")
+def with_before(found: Row, before: Row) -> Row:
+    """What was found, and of what was found before the originals, rows and models that it lacks."""
+    new = {_which(row) for row in found["rows"]}
+    rows = [row for row in before.get("rows", ()) if _which(row) not in new] + found["rows"]
+    originals = {(o["model"], o["test"]): o for o in before.get("originals", ())}
+    originals |= {(o["model"], o["test"]): o for o in found["originals"]}
+    settings = before.get("settings", {}) | found["settings"]
+    return {
+        **found,
+        "settings": settings,
+        "originals": list(originals.values()),
+        "summary": summary(rows),
+        "rows": rows,
     }
-    return {**found, "settings": settings | own, **lists}
+
+
+def _which(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["method"], row["seed"], row["share"]
 
 
 def main() -> None:
@@ -266,6 +278,7 @@ def main() -> None:
     )
     parser.add_argument("--plan-seconds", type=float, default=240, help="of shrink, before repair")
     parser.add_argument("--threads", type=int, default=1, help="of training; latency has one")
+    parser.add_argument("--keep", action="store_true", help="what --out has besides")
     parser.add_argument("--quick", action="store_true", help="ResNet-20, little data, one seed")
     parser.add_argument("--folder", type=Path, default=Path("runs/shrink_vs_peers"))
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -285,16 +298,15 @@ def main() -> None:
     rows, originals = tests[: len(rows)], tests[len(rows) :]
     names = ("data", "seconds", "baseline_seconds", "plan_seconds", "threads")
     settings = {name: getattr(options, name) for name in names}
-    found = with_others(
-        {
-            "machine": machine(),
-            "settings": dict.fromkeys(tasks, settings),
-            "originals": originals,
-            "summary": summary(rows),
-            "rows": rows,
-        },
-        json.loads(options.out.read_text()) if options.out.exists() else {},
-    )
+    found = {
+        "machine": machine(),
+        "settings": dict.fromkeys(tasks, settings),
+        "originals": originals,
+        "summary": summary(rows),
+        "rows": rows,
+    }
+    if options.keep and options.out.exists():
+        found = with_before(found, json.loads(options.out.read_text()))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     for line in found["summary"]:

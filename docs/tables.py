@@ -148,8 +148,7 @@ def relax_quality(found: dict[str, Any]) -> str:
 def shrink_vs_peers(found: dict[str, Any]) -> str:
     """Test accuracy of every method at every share of the latency, a table a model."""
     parts = []
-    for original in found["originals"]:
-        model = original["model"]
+    for model in dict.fromkeys(o["model"] for o in found["originals"]):
         lines = [line for line in found["summary"] if line["model"] == model]
         rows = [row for row in found["rows"] if row["model"] == model]
         asked = {n: len({r["seed"] for r in rows if r["method"] == n}) for n in _methods(rows)}
@@ -166,7 +165,9 @@ def shrink_vs_peers(found: dict[str, Any]) -> str:
             if any(ahead):
                 cells.append([told, "", *ahead])
         head = ["", "seeds", *(f"{line['share']:.0%}" for line in lines)]
-        parts.append(f"**{model}**, {100 * original['test']:.1f}\n\n{table(head, cells)}")
+        tests = (o["test"] for o in found["originals"] if o["model"] == model)
+        own = " and ".join(f"{100 * test:.1f}" for test in tests)
+        parts.append(f"**{model}**, {own}\n\n{table(head, cells)}")
     return "\n\n".join(parts)
 
 

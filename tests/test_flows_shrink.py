@@ -31,6 +31,7 @@ from espalier.flows.shrunk import best_first
 from espalier.flows.shrunk_result import _decided_by
 from espalier.flows.solving import chosen, known_names
 from espalier.problem import Limit, Reading, SearchBudget
+from espalier.solvers.allocate import Factor
 from espalier.study import Study
 from shrink_toys import Small, task, trained
 
@@ -710,14 +711,14 @@ def test_layers_of_one_kind_alone_are_tried_too(monkeypatch: pytest.MonkeyPatch)
     bits = esp.compress.Bits(options=(4, 8, 32))
     family = esp.compress.Pretrained(trained(), torch.zeros(2, 1, 8, 8), (bits,))
     asked: list[Any] = []
-    monkeypatch.setattr(solving, "program_on", lambda job, harm: asked.append(list(harm)))
+    monkeypatch.setattr(solving, "program_on", lambda job, harm, *_: asked.append(list(harm)))
     for limit, count in ((None, 1), (Limit(LATENCY, 1.0), 3)):
         job: Any = SimpleNamespace(
             family=family, latency_limit=limit, sense=lambda: SimpleNamespace(factors=())
         )
         asked.clear()
         assert len(solving.allocating(job)) == count
-    everything, integers, floats = asked
+    integers, floats, everything = asked
     assert everything == []
     names = [f.decisions for f in integers]
     assert (
@@ -727,6 +728,37 @@ def test_layers_of_one_kind_alone_are_tried_too(monkeypatch: pytest.MonkeyPatch)
     )
     assert all((np.isinf(f.values) == [False, False, True]).all() for f in integers)
     assert all((np.isinf(f.values) == [True, True, False]).all() for f in floats)
+
+
+def test_the_program_on_mixed_kinds_begins_at_the_better_of_one_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = esp.compress.Pretrained(trained(), torch.zeros(2, 1, 8, 8), CUTS)
+    worse, better = family.space.decode(family.space.corner(False))[0], family.original
+    hints: list[Any] = []
+    solve = solving.Program.solve
+
+    def noted(program: Any, *args: Any, hint: Any = None, **settings: Any) -> Any:
+        hints.append(hint)
+        return solve(program, *args, hint=hint, **settings)
+
+    def refusing(limits: Any) -> Any:
+        raise BudgetError("there are no such layers")
+
+    monkeypatch.setattr(solving.Program, "solve", noted)
+    job: Any = SimpleNamespace(
+        family=family,
+        limits=(),
+        pricing=SimpleNamespace(costs=[]),
+        budget=SearchBudget(),
+        greedy={},
+        seed=0,
+    )
+    harm = [Factor((d.name,), np.linspace(1.0, 0.0, d.count)) for d in family.space.decisions]
+    begun = [refusing, lambda limits: worse, lambda limits: better]
+    solving.program_on(job, harm, begun)(())
+    solving.program_on(job, harm, [refusing])(())
+    assert hints == [better, None]
 
 
 def test_an_answer_that_is_over_the_limit_after_all_is_refused(

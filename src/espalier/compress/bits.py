@@ -133,6 +133,10 @@ class BoundBits(BoundCut):
         found = {n: self._bits(n, choices) for n in self.names}
         return {name: bits for name, bits in found.items() if bits < FLOAT}
 
+    def whole(self, name: str, choices: Mapping[str, Option]) -> bool:
+        """Whether a layer computes on integers, which it also reads and gives."""
+        return not self._block and name in self.names and self._bits(name, choices) < FLOAT
+
     def _bits(self, name: str, choices: Mapping[str, Option]) -> int:
         option: Any = choices.get(f"{self.cut.kind}:{name}", FLOAT)
         return FLOAT if option is None else int(option)

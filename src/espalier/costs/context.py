@@ -10,7 +10,8 @@ What a turn costs is found per shape from one and two lead-ins. It need not be e
 each piece's output is the next one's input, and the turns cancel.
 
 A piece of integers is timed behind a lead-in of integers and its output is kept whole, so that a
-turn there is the conversion from float to integers and back.
+turn there is the conversion from float to integers and back. Where kinds meet the turns do not cancel:
+families of both kinds have a piece for that (`costs.turn`), timed between two lead-ins.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from espalier.costs.pace import Pace
 from espalier.costs.runtime import OnnxRuntime
+from espalier.costs.turn import Turn
 from espalier.export import deployed, to_onnx
 from espalier.export.quantisers import Quantised, Quantiser, quantised
 
@@ -55,6 +57,8 @@ class Stopwatch:
     def piece(self, module: nn.Module, x: Tensor) -> float:
         """Milliseconds that a piece adds to a network."""
         x = self._runtime.batched(x)
+        if isinstance(module, Turn):
+            return max(self._between(x), _LEAST)
         with deployed(module):
             out = module(x)
         whole = _integers(module)
@@ -101,6 +105,20 @@ class Stopwatch:
             # one: empty + turn + lead-in + turn back; two: a lead-in more
             self._turns[key] = max(0.0, (2 * one - two - self.empty_ms) / 2)
         return self._turns[key]
+
+    def _between(self, x: Tensor) -> float:
+        """Milliseconds between a layer of floats and one of integers on this shape, or back: the mean
+        of both ways, over two layers of one kind."""
+        if not _blocked(x):
+            return 0.0
+        plain, whole = _lead_in(x), _lead_in(x, whole=True)
+        alike = nn.Sequential(plain, plain), _closed(nn.Sequential(whole, whole), True)
+        apart = (
+            _closed(nn.Sequential(plain, whole), True),
+            nn.Sequential(_closed(whole, True), plain),
+        )
+        times = [self._time(to_onnx(m, x, fast=True), x, least=0.01) for m in (*apart, *alike)]
+        return (times[0] + times[1] - times[2] - times[3]) / 2
 
     def _time(self, model: bytes, x: Tensor, least: float = 0.0) -> float:
         timing = self.pace.quick(model, x, least)

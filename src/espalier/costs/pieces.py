@@ -24,6 +24,7 @@ from espalier.costs.cost import Builder
 from espalier.costs.count import Count, counted
 from espalier.costs.distinct import distinct
 from espalier.costs.record import record
+from espalier.costs.turn import Turn
 from espalier.costs.work import features, fingerprint
 from espalier.export import deployed
 from espalier.space import Candidate
@@ -185,6 +186,8 @@ _TOLD |= {"container", "flatten"}
 
 def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     """What decides the counts and work of a chain of torch's plain layers, without running it."""
+    if isinstance(module, Turn):
+        return "turn", tuple(x.shape), x.dtype
     for part in module.modules():
         room, _, file = type(part).__module__.rpartition(".")
         opaque = isinstance(part, (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict))

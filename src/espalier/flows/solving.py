@@ -98,20 +98,15 @@ def allocating(job: Shrinking) -> dict[str, Solve]:
     """The exact program on the harm of every option, under all limits at once; and, where bits are
     decided under a limit on latency, the same with all layers in integers, and with all in float.
 
-    Beside float layers an integer layer also turns numbers from one kind into the other. The table
-    holds that against every layer, or against none where layers stand together, so the program
-    alone is off where kinds are mixed: with all of one kind the error is the same everywhere, and
-    measuring corrects it.
+    Mixed kinds cost a turn wherever they meet, which makes that program a long one: it begins at the
+    better of the other two, which are short, and all three compete once they are repaired.
     """
-    profile = job.sense()
-    ways = {MIXED: list[Factor]()}
+    harm = job.sense().factors
+    others = {}
     if job.latency_limit is not None:
-        ways |= {"all in integers": _but_integers(job), "all in float": _but_float(job)}
-    return {
-        name: program_on(job, [*profile.factors, *others])
-        for name, others in ways.items()
-        if others or name == MIXED
-    }
+        others = {"all in integers": _but_integers(job), "all in float": _but_float(job)}
+    alone = {n: program_on(job, [*harm, *f]) for n, f in others.items() if f}
+    return {MIXED: program_on(job, harm, tuple(alone.values())), **alone}
 
 
 def _but_integers(job: Shrinking) -> list[Factor]:
@@ -141,18 +136,35 @@ def _forbidden(job: Shrinking, rule: Callable[[int, list[int]], bool]) -> list[F
     return found
 
 
-def program_on(job: Shrinking, harm: Sequence[Factor]) -> Solve:
-    """The exact program on any additive harm."""
+def program_on(job: Shrinking, harm: Sequence[Factor], begun: Sequence[Solve] = ()) -> Solve:
+    """The exact program on any additive harm; it begins at the best of what was `begun`."""
     costs = factors_of(job, [x.metric for x in job.limits])
     told = [*harm, *_sparing(job, harm)]
 
     def solve(limits: Sequence[Limit]) -> Candidate:
         program = Program(job.family.space, told, costs, limits)
-        found = program.solve(seconds=_seconds(job), seed=job.seed)
+        hint = _best_of(program, [c for solve in begun if (c := _answer(solve, limits))])
+        found = program.solve(seconds=_seconds(job), seed=job.seed, hint=hint)
         job.greedy[found.candidate] = found.harm, _greedily(program)
         return found.candidate
 
     return solve
+
+
+def _answer(solve: Solve, limits: Sequence[Limit]) -> Candidate | None:
+    """What a way to solve finds; None where that is nothing."""
+    try:
+        return solve(limits)
+    except BudgetError:
+        return None
+
+
+def _best_of(program: Program, found: Sequence[Candidate]) -> Candidate | None:
+    """Of the least harm; None where nothing was found."""
+    if not found:
+        return None
+    harm, _, _ = program.judge(program.space.encode(list(found)))
+    return found[int(np.argmin(harm))]
 
 
 def _greedily(program: Program) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.beside import Beside
 from espalier.compress.pieces.divided import Division, Piece, places_of, told
 from espalier.compress.pieces.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
+from espalier.compress.pieces.turns import Turns
 from espalier.errors import SpaceError, unknown
 from espalier.space import Decision, Option
 
-_SAME_SHAPES = ("depth", "bits", "sparsity")  # kinds of cut that keep shapes between layers
+_VALUES = ("bits", "sparsity")  # kinds of cut that change no shape at all
+_SAME_SHAPES = ("depth", *_VALUES)  # kinds of cut that keep shapes between layers
 _KEPT = 16  # models built to look at, kept
 
 Choices = Mapping[str, Option]
@@ -73,10 +75,12 @@ class Units:
         )
         for piece in self._pieces.values():
             piece.decisions |= self._beside.decisions(piece)
+        self._turns = Turns(run, cuts, self._layers, partial(self._sliced, without=_VALUES))
         order = {name: i for i, name in enumerate(self._original)}
+        decided = {name: piece.decisions for name, piece in self._pieces.items()}
         self._units = tuple(
-            Unit(name, tuple(sorted(piece.decisions, key=order.__getitem__)))
-            for name, piece in self._pieces.items()
+            Unit(name, tuple(sorted(decisions, key=order.__getitem__)))
+            for name, decisions in (decided | self._turns.decisions).items()
         )
 
     def units(self) -> tuple[Unit, ...]:
@@ -88,6 +92,8 @@ class Units:
 
         Errors: `SpaceError` for an unknown name.
         """
+        if name in self._turns:
+            return self._turns.unit(name, candidate)
         if name not in self._pieces:
             raise SpaceError(unknown("unit", name, self._pieces))
         piece = self._pieces[name]
@@ -165,25 +171,29 @@ class Units:
         return (found[0] if len(found) == 1 else nn.Sequential(*found)), shape[1:]
 
     def _sliced(
-        self, path: str, shape: Shape, candidate: Choices
+        self, path: str, shape: Shape, candidate: Choices, without: Sequence[str] = ()
     ) -> tuple[nn.Module | None, Shape | None]:
-        """A leaf layer under the candidate, and its input's shape where it tells that."""
+        """A leaf layer under the candidate (`without` cuts of these kinds), and its input's shape
+        where it tells that."""
         original = self._model.get_submodule(path)
         places = places_of(original, shape)
         layer: nn.Module | None = original
         taken: Shape | None = None
-        for layer in self._stages(path, candidate):
+        for layer in self._stages(path, candidate, without):
             if layer is None:
                 return None, None
             taken = told(layer, shape, places) or taken
         return layer, taken
 
-    def _stages(self, path: str, candidate: Choices) -> Iterator[nn.Module | None]:
+    def _stages(
+        self, path: str, candidate: Choices, without: Sequence[str] = ()
+    ) -> Iterator[nn.Module | None]:
         """A module, then as each cut of it leaves it; None at last where it is left out."""
         module: nn.Module | None = self._model.get_submodule(path)
         yield module
         for cut, layers in zip(self._cuts, self._layers, strict=True):
-            if module is not None and (names := layers.get(path)):
+            passed = cut.decisions and cut.decisions[0].name.partition(":")[0] in without
+            if module is not None and not passed and (names := layers.get(path)):
                 choices = {n: candidate.get(n, self._original[n]) for n in names}
                 module = cut.slice(path, module, choices)
                 yield module
