@@ -23,9 +23,7 @@ _ALONE = 0.5  # the same, where no training waits for the time
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
-_LOOKS = (
-    3  # on a busy machine, and just within the limit, the middle of this many measurements counts
-)
+_LOOKS = 3  # of which the middle counts on a busy machine, and just within the limit
 _JUST = 0.97  # of the limit: nearer, and a lucky look would be found out after the repair
 
 # The best candidate within limits on predicted costs. `BudgetError` where there is none.

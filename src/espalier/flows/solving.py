@@ -152,10 +152,10 @@ def program_on(job: Shrinking, harm: Sequence[Factor], begun: Sequence[Solve] = 
 
 
 def _answer(solve: Solve, limits: Sequence[Limit]) -> Candidate | None:
-    """What a way to solve finds; None where that is nothing."""
+    """What a way to solve finds; None where that is nothing, or nothing in time."""
     try:
         return solve(limits)
-    except BudgetError:
+    except EspalierError:
         return None
 
 

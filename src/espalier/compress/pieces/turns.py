@@ -17,9 +17,7 @@ from espalier.space import Option
 Choices = Mapping[str, Option]
 # A layer under a candidate, None where it is left out, and its input's shape.
 Sliced = Callable[[str, Shape, Choices], tuple[nn.Module | None, Shape | None]]
-_SOURCES = (
-    2  # layers that a tensor may come from: the last, and the one before where that is left out
-)
+_SOURCES = 2  # where a tensor's last layer is left out, the one before counts
 
 
 @dataclass(frozen=True)
