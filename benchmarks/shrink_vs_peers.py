@@ -297,9 +297,8 @@ def main() -> None:
     tests = tested([*rows, *originals], options.folder, tasks)
     rows, originals = tests[: len(rows)], tests[len(rows) :]
     names = ("data", "seconds", "baseline_seconds", "plan_seconds", "threads")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names} | {"machine": machine()}
     found = {
-        "machine": machine(),
         "settings": dict.fromkeys(tasks, settings),
         "originals": originals,
         "summary": summary(rows),
