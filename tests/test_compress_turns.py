@@ -127,10 +127,8 @@ def test_behind_a_block_that_is_left_out_the_one_before_it_counts(family: Pretra
 def test_turns_count_nothing_but_time(family: Pretrained) -> None:
     rows = family.space.sample(12, np.random.default_rng(0))
     counts = Counts(family).estimate_codes(rows)
-    for i, candidate in enumerate(family.space.decode(rows)):
-        network = family.build(candidate)
-        counted = Counts(family).estimate_codes(rows[[i]])
-        assert counted["params"][0] == sum(p.numel() for p in network.parameters())
+    for candidate, params in zip(family.space.decode(rows), counts["params"], strict=True):
+        assert params == sum(p.numel() for p in family.build(candidate).parameters())
     assert len(pieces_of(family).scopes()) == len(family.units())
     assert np.isfinite(counts["bytes"]).all()
     weights = Pretrained(Net(), torch.randn(2, 3, 6, 6), (Bits(weights_only=True),))
@@ -154,7 +152,7 @@ def test_a_turn_is_timed_over_two_layers_of_one_kind(monkeypatch: pytest.MonkeyP
 
 
 def test_the_table_knows_that_mixed_kinds_take_longer(family: Pretrained) -> None:
-    """Alternating kinds are dearer than the mean of both alone, by the table as by the program."""
+    """As measured: where kinds alternate turns take time, where all are of one kind none."""
     table = PredictedLatency(family, OnnxRuntime(seconds=0.01))
     table.calibrate(seed=0, limit=400)
     space = family.space

@@ -654,10 +654,17 @@ def test_a_baseline_that_validates_better_is_handed_out(goal: str) -> None:
 
 
 def test_the_result_says_who_decided() -> None:
-    told = lambda name: _decided_by(SimpleNamespace(best=SimpleNamespace(name=name)), "relax", "so")  # type: ignore[arg-type]  # noqa: E731
-    assert told("shrunk") == {"name": "relax", "why": "so"}
-    assert told("random")["name"] == "random"
-    assert "relax" in told("random")["why"]
+    def told(name: str, *others: str) -> dict[str, str]:
+        best, *rest = (SimpleNamespace(name=n) for n in (name, *others))
+        found: Any = SimpleNamespace(best=best, baselines=rest)
+        return _decided_by(found, "relax", "so")
+
+    assert told("shrunk", "random") == {"name": "relax", "why": "so"}
+    better, alone = told("random", "the answer of relax"), told("random", "uniform width")
+    assert better["name"] == alone["name"] == "random"
+    assert better["why"].startswith("random was better on validation than the answer of relax")
+    assert alone["why"].startswith("the answer of relax was over the limits")
+    assert better["why"].endswith("relax was taken because so")
 
 
 def test_where_least_squares_do_not_help_statistics_are_set_anew(

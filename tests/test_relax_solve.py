@@ -83,13 +83,11 @@ QUICK = Settings(epochs=2, batch=50, lr=0.1, arch_lr=0.1, precision="fp32")
 
 
 def test_it_learns_and_avoids_what_forgets():
-    settings = Settings(epochs=10, batch=20, lr=0.03, arch_lr=0.05)
-    chosen = []
-    for seed in range(3):  # another processor rounds otherwise: one may go astray
-        net = tiny(seed)
-        found = relax(net, digits(), settings=settings)
-        chosen += [found.candidate["first"], found.candidate["second"]]
-    assert chosen.count("blind") <= 1
+    # long and gentle enough that another processor's rounding does not decide
+    net = tiny()
+    found = relax(net, digits(), settings=Settings(epochs=10, batch=20, lr=0.03, arch_lr=0.05))
+    assert found.candidate["first"] != "blind"
+    assert found.candidate["second"] != "blind"
     assert net.active == found.candidate
     assert not net.training
     rows = found.history

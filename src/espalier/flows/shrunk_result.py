@@ -91,26 +91,27 @@ def _against_greedy(job: Shrinking, found: Shrunk) -> list[str]:
 
 
 def _decided_by(found: Shrunk, solver: str, why: str) -> dict[str, str]:
-    """The solver, or the rival that was better than its answer."""
-    if found.best.name == ANSWER:
+    """The solver, or the rival that is handed out in its place."""
+    instead = _instead(found, solver)
+    if not instead:
         return {"name": solver, "why": why}
-    return {
-        "name": found.best.name,
-        "why": f"better on validation than {solver}, or alone within the limits; {solver} was taken "
-        f"because {why}",
-    }
+    return {"name": found.best.name, "why": f"{instead}; {solver} was taken because {why}"}
 
 
 def _from_rivals(found: Shrunk, solver: str) -> list[str]:
     """Whether a rival is handed out, and why."""
-    if found.best.name == ANSWER:
-        return []
-    answer = named(ANSWER, solver)
+    instead = _instead(found, solver)
+    return [f"{instead}: it is what is handed out."] if instead else []
+
+
+def _instead(found: Shrunk, solver: str) -> str:
+    """Why a rival is handed out; '' where the solver's answer is."""
+    name, answer = found.best.name, named(ANSWER, solver)
+    if name == ANSWER:
+        return ""
     if any(e.name == answer for e in found.baselines):
-        why = f"{found.best.name} was better on validation than {answer}, and keeps the limits"
-    else:
-        why = f"{answer} was over the limits once it was repaired; {found.best.name} keeps them"
-    return [f"{why}: it is what is handed out."]
+        return f"{name} was better on validation than {answer}, and keeps the limits"
+    return f"{answer} was over the limits once it was repaired; {name} keeps them"
 
 
 def _untuned(job: Shrinking) -> list[str]:

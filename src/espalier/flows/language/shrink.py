@@ -18,6 +18,7 @@ from espalier.compress.language.files.folder import Folder, read_folder
 from espalier.costs.language import LanguageCounts
 from espalier.costs.language_times import TIMES, Generation
 from espalier.errors import BudgetError, DataError, EspalierError, unknown
+from espalier.flows.finals import ANSWER
 from espalier.flows.language.curve import curve
 from espalier.flows.language.cuts import language_cuts
 from espalier.flows.language.generating import generation
@@ -39,7 +40,7 @@ from espalier.flows.language.repairing import model_of, repair_all, tested_readi
 from espalier.flows.language.reproducing import WINDOWS, Asked
 from espalier.flows.language.rivals import rivals
 from espalier.flows.language.room import check_place, check_room
-from espalier.flows.language.shrunk import ANSWER, ShrunkLanguage
+from espalier.flows.language.shrunk import ShrunkLanguage
 from espalier.flows.language.solving import evolved, finalist, solved
 from espalier.flows.measuring import study_folder, withdraw
 from espalier.flows.pricing import Pricing

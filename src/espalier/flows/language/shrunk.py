@@ -10,15 +10,13 @@ from typing import Any
 from torch import nn
 
 from espalier import report
-from espalier.flows.finals import Entry, check_kept
+from espalier.flows.finals import ANSWER, Entry, check_kept
 from espalier.flows.language.job import LanguageJob
 from espalier.flows.language.out import Written, write_model
 from espalier.flows.language.repairing import model_of
 from espalier.flows.language.result import language_json
 from espalier.solvers.allocate import Solution
 from espalier.study import Study
-
-ANSWER = "shrunk"
 
 
 @dataclass
