@@ -504,6 +504,7 @@ def test_the_file_that_is_handed_out_is_timed(
     monkeypatch.undo()
     timed.publish()
     assert 0.2 * original < timed.to_json()["file_latency_ms"] < 5 * original
+    assert sum("timed as written" in note for note in timed.to_json()["notes"]) == 1
     assert "timed as written" in (timed.folder / "report.html").read_text()
 
 

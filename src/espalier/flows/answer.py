@@ -18,6 +18,7 @@ from espalier.flows.weights import trained_network, weights_path
 from espalier.nets import Family
 
 _LOOKS = 3  # at a file that seems over the limit
+_WRITTEN = "timed as written"  # in the note on it
 
 
 class Answer:
@@ -70,7 +71,8 @@ class Answer:
         exported = self.export()
         self._result["files"] = {k: str(v) for k, v in exported.files.items()}
         self._result["differences"] = exported.differences
-        self._result["notes"] = [*self._result["notes"], *self._timed(exported)]
+        notes = [n for n in self._result["notes"] if _WRITTEN not in n]  # of an earlier call
+        self._result["notes"] = [*notes, *self._timed(exported)]
         return self.report()
 
     def _timed(self, exported: Exported) -> list[str]:
@@ -89,7 +91,7 @@ class Answer:
         word = "over" if limit.violation([ms])[0] > 0 else "within"
         self._result["file_latency_ms"] = ms
         return [
-            f"{path.name}, timed as written: {ms:.4g} ms, {word} the limit of {limit.bound:.4g} ms."
+            f"{path.name}, {_WRITTEN}: {ms:.4g} ms, {word} the limit of {limit.bound:.4g} ms."
         ]
 
     @property
