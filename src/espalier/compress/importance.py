@@ -89,7 +89,7 @@ def _taylor(
         for inputs, targets in batches:
             for w in weights:
                 w.requires_grad_(True)
-            value = loss(model(inputs), targets)
+            value = loss(model(inputs.contiguous()), targets)
             grads = torch.autograd.grad(value, weights, allow_unused=True)
             by = dict(zip(tensors, grads, strict=True))
             for name, group in members.items():
@@ -165,7 +165,7 @@ def _input_squares(model: nn.Module, paths: set[str], batches: Batches) -> dict[
     try:
         with _calm(model), torch.no_grad():
             for inputs, _ in batches:
-                model(inputs)
+                model(inputs.contiguous())
                 count += 1
     finally:
         for handle in handles:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from espalier.compress.removal import METHODS, Kept
 from espalier.compress.repair.least_squares import Moments
 from espalier.errors import EspalierError, unknown
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import Progress, device_of
+from espalier.train.loop import Progress
+from espalier.train.running import device_of, evaluating
 
 
 def sparsify(

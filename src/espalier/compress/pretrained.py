@@ -48,8 +48,8 @@ class Pretrained(Family):
     ) -> None:
         self.name = name
         self.model: nn.Module = copy.deepcopy(model).cpu().eval()
-        self._example = example.detach().cpu()
-        self.calibration = None if calibration is None else calibration.detach().cpu()
+        self._example = example.detach().cpu().contiguous()
+        self.calibration = None if calibration is None else calibration.detach().cpu().contiguous()
         self.shape, self.classes = tuple(example.shape[1:]), _classes(self.model, self._example)
         wanted = sorted(_default() if cuts is None else cuts, key=_rank)
         self._settings = tuple(wanted)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from espalier.errors import DataError
 from espalier.export import deployed
 from espalier.export.quantisers import LEVELS, Quantiser
+from espalier.train.running import laid_out
 
 _SAMPLE = 1 << 14  # values of a tensor and batch that are looked at
 _SHARES = (1.0, 0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
@@ -27,6 +28,7 @@ def calibrate(network: nn.Module, inputs: Tensor, batch: int = 64) -> None:
     found = {n: m for n, m in network.named_modules() if isinstance(m, Quantiser)}
     if not found:
         return
+    inputs = laid_out(network, inputs)
     samples: dict[str, list[NDArray[np.float64]]] = {name: [] for name in found}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     try:

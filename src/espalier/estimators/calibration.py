@@ -20,8 +20,7 @@ from espalier.nets import Family
 from espalier.problem import Metric, Metrics
 from espalier.space import Candidate
 from espalier.tasks import Task
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import channels_last, device_of
+from espalier.train.running import device_of, evaluating, laid_out
 from espalier.train.seeds import generator
 
 Measure = Literal["loss", "divergence", "gradient"]
@@ -111,7 +110,9 @@ class Calibrated(Estimator):
             device, left = device_of(self._original()), self.samples
             self._data = []
             for x, y in self.task.batches("train", min(_BATCH, left), generator(self.seed)):
-                self._data.append((channels_last(x[:left].to(device)), y[:left].to(device)))
+                self._data.append(
+                    (laid_out(self._original(), x[:left].to(device)), y[:left].to(device))
+                )
                 left -= len(y)
                 if left <= 0:
                     break

@@ -16,10 +16,10 @@ from espalier.estimators.rows import columns, estimated, threads
 from espalier.problem import Metrics
 from espalier.space import Candidate
 from espalier.tasks import Split, Task
-from espalier.train.evaluate import calibration, evaluating
-from espalier.train.loop import channels_last, device_of
+from espalier.train.evaluate import calibration
 from espalier.train.precision import autocast, resolve
 from espalier.train.recipe import Precision
+from espalier.train.running import device_of, evaluating, laid_out
 from espalier.train.seeds import generator
 
 _BATCH = 512
@@ -74,10 +74,10 @@ class OneShot(Estimator):
             size = min(_BATCH, self.calibration_images)
             inputs, targets, device = [], [], device_of(self.supernet)
             for x, y in self._scored():
-                inputs.append(channels_last(x.to(device)))
+                inputs.append(laid_out(self.supernet, x.to(device)))
                 targets.append(y)
             found = calibration(self.task, batches, size, self.seed)
-            calibrating = [x.to(device) for x in found]
+            calibrating = [laid_out(self.supernet, x.to(device)) for x in found]
             self._data = calibrating, inputs, torch.cat(targets)
         return self._data
 

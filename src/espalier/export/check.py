@@ -108,5 +108,5 @@ def trials(example: Tensor, dynamic: bool, seed: int = 0) -> list[Tensor]:
 def chunks(inputs: Tensor, example: Tensor, dynamic: bool) -> list[Tensor]:
     """Real inputs in batches that the network takes; what does not fill a fixed batch is left."""
     size = 64 if dynamic else len(example)
-    parts = torch.split(inputs.detach().cpu().to(example.dtype), size)
+    parts = torch.split(inputs.detach().cpu().to(example.dtype).contiguous(), size)
     return [p for p in parts if dynamic or len(p) == size]

@@ -90,9 +90,7 @@ class Answer:
             ms = median([ms, *(job.file_latency(path) for _ in range(_LOOKS - 1))])
         word = "over" if limit.violation([ms])[0] > 0 else "within"
         self._result["file_latency_ms"] = ms
-        return [
-            f"{path.name}, {_WRITTEN}: {ms:.4g} ms, {word} the limit of {limit.bound:.4g} ms."
-        ]
+        return [f"{path.name}, {_WRITTEN}: {ms:.4g} ms, {word} the limit of {limit.bound:.4g} ms."]
 
     @property
     def family(self) -> Family:

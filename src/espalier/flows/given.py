@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from espalier.errors import DataError, EspalierError
 from espalier.tasks import Task
-from espalier.train.evaluate import evaluating
+from espalier.train.running import evaluating
 
 ModelLike = nn.Module | str | Path | Callable[..., nn.Module]
 _NESTED = ("state_dict", "model", "model_state_dict", "net", "ema")
@@ -36,7 +36,7 @@ def given_model(
         load_weights(made, weights)
     if example is None:
         example = next(iter(task.batches("train", 2)))[0]
-    example = example[:2].detach().cpu()
+    example = example[:2].detach().cpu().contiguous()
     output = _run(made, example, task, batch)
     if isinstance(getattr(output, "logits", None), Tensor):
         made, output = _logits(made), output.logits

@@ -20,7 +20,7 @@ from espalier.compress.language.anatomy import anatomy
 from espalier.recipes import Recipe
 from espalier.recipes._parts.tuning import Bytes, Tuning, bits, memory_saved
 from espalier.tasks.text import BYTES, TextTask
-from espalier.train.evaluate import evaluating
+from espalier.train.running import evaluating
 from espalier.train.seeds import generator, global_seed
 
 _WORSE = 0.01  # that sparse tuning may be worse than tuning of all layers, as a share

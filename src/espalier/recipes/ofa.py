@@ -20,7 +20,7 @@ from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
 from espalier.train import Shrinking, Stage, Uniform, Within, evaluate, fit, train_supernet
-from espalier.train.loop import device_of
+from espalier.train.running import device_of
 from espalier.train.seeds import global_seed, mixed
 
 DIMENSIONS = ("kernel", "depth", "expansion")  # the published order; width is the expansion's

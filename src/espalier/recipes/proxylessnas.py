@@ -19,7 +19,7 @@ from espalier.solvers.relax.expected import Expected
 from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe as Training
-from espalier.train.loop import channels_last
+from espalier.train.running import channels_last
 from espalier.train.seeds import generator
 
 KERNELS = ((3,), (3, 5), (3, 5, 7))  # with two expansions: 2, 4 and 6 operators a block

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.tasks import Task
-from espalier.train.loop import Diverged, device_of
+from espalier.train.loop import Diverged
+from espalier.train.running import device_of
 from espalier.train.seeds import generator, global_seed, mixed
 
 

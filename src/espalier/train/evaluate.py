@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.tasks import Split, Task
-from espalier.train.loop import channels_last, device_of
+from espalier.train.running import device_of, evaluating, laid_out
 from espalier.train.seeds import generator
 
 
@@ -23,7 +22,7 @@ def evaluate(network: nn.Module, task: Task, split: Split, batch: int = 512) -> 
     device = device_of(network)
     with evaluating(network), torch.inference_mode():
         for x, y in task.batches(split, batch):
-            outputs.append(network(channels_last(x.to(device))).float().cpu())
+            outputs.append(network(laid_out(network, x.to(device))).float().cpu())
             targets.append(y)
         return task.measure(torch.cat(outputs), torch.cat(targets))
 
@@ -38,13 +37,13 @@ def recalibrate(
     """
     if any(isinstance(m, _BatchNorm) for m in network.modules()):
         inputs = calibration(task, batches, batch, seed)
-        set_statistics(network, [x.to(device_of(network)) for x in inputs])
+        set_statistics(network, [laid_out(network, x.to(device_of(network))) for x in inputs])
 
 
 def calibration(task: Task, batches: int, batch: int, seed: int) -> list[Tensor]:
     """A few training batches chosen by `seed`, for `set_statistics`."""
     found = task.batches("train", batch, generator(seed))
-    return [channels_last(x) for x, _ in islice(found, batches)]
+    return [x for x, _ in islice(found, batches)]
 
 
 def set_statistics(network: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -66,15 +65,3 @@ def set_statistics(network: nn.Module, inputs: Sequence[Tensor]) -> None:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode, and back into its own mode afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -12,6 +12,7 @@ from espalier.tasks import Task
 from espalier.train import loop, losses
 from espalier.train.precision import Format, autocast
 from espalier.train.recipe import Recipe
+from espalier.train.running import laid_out
 
 
 def fit(
@@ -42,7 +43,7 @@ def fit(
             loss = losses.hard(task, outputs.float(), y, recipe.label_smoothing)
             if teacher is not None:
                 with torch.no_grad(), autocast(chosen, x.device.type):
-                    wanted = teacher(x)
+                    wanted = teacher(laid_out(teacher, x))
                 matched = losses.soft(outputs.float(), wanted.float(), y)
                 loss = (1 - recipe.distil) * loss + recipe.distil * matched
             loss.backward()  # type: ignore[no-untyped-call]

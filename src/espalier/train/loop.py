@@ -24,6 +24,7 @@ from espalier.train import distributed
 from espalier.train import optimiser as optimisers
 from espalier.train.precision import Format, resolve
 from espalier.train.recipe import Recipe
+from espalier.train.running import device_of, laid_out, lay_out
 from espalier.train.seeds import generator, global_seed
 
 Progress = Callable[[int, int, str], None]
@@ -57,7 +58,7 @@ def train(
     `after_step(epoch, step)` is called after each step of the optimiser.
     """
     distributed.check_batch(recipe.batch)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lay_out(module, next(iter(task.batches("train", 2)))[0])
     distributed.start_alike(module)
     optimiser = optimisers.make(module, recipe)
     identity = _identity(module, task, recipe, seed, settings)
@@ -113,7 +114,9 @@ def _epoch(
         rows, part = len(y), distributed.share(y)
         if rows < 2 * distributed.ranks():
             continue  # too few for all, as a last batch of one example is for one
-        loss = float(step(channels_last(distributed.share(x).to(device)), part.to(device), count))
+        loss = float(
+            step(laid_out(module, distributed.share(x).to(device)), part.to(device), count)
+        )
         loss = distributed.combine(parameters, loss, len(part) / rows)
         if not math.isfinite(loss):
             raise Diverged(
@@ -133,17 +136,6 @@ def steps_of(task: Task, batch: int) -> int:
     """Number of batches in a training pass, which drops a last batch of one example a process."""
     whole, rest = divmod(task.size("train"), batch)
     return max(whole + (rest >= 2 * distributed.ranks()), 1)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images with their channels together in memory, where convolutions are fastest."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its first weight is; the processor, if it has none."""
-    first = next(module.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def _identity(

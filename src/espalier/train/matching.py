@@ -22,7 +22,7 @@ from torch import Tensor
 from espalier.errors import SpaceError
 from espalier.space import Candidate, Option, Real, Space
 from espalier.tasks import Task
-from espalier.train.loop import channels_last, device_of
+from espalier.train.running import device_of, laid_out
 from espalier.train.seeds import generator
 
 _CONTEXTS, _RANDOM = 4, 5  # purposes of random streams
@@ -58,7 +58,7 @@ def distances(
     space: Space = supernet.space
     found = islice(task.batches("train", batch, generator(seed, _CONTEXTS)), batches)
     device = device_of(supernet)
-    data = [(channels_last(x.to(device)), y.to(device)) for x, y in found]
+    data = [(laid_out(supernet, x.to(device)), y.to(device)) for x, y in found]
     contexts = space.sample(len(data), np.random.default_rng([seed, _CONTEXTS]))
     out: dict[str, Array] = {}
     with _as_it_was(supernet):

@@ -25,10 +25,10 @@ from espalier.errors import EspalierError
 from espalier.space import Candidate, Space
 from espalier.train import distributed
 from espalier.train.generator import Generator, Price
-from espalier.train.loop import device_of
 from espalier.train.memory import Memory
 from espalier.train.onehot import one_hot
 from espalier.train.paths import Pass, Paths
+from espalier.train.running import device_of
 from espalier.train.seeds import generator as stream
 from espalier.train.seeds import global_seed
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from espalier.errors import EspalierError, SpaceError
 from espalier.space import Space
-from espalier.train.loop import device_of
 from espalier.train.onehot import one_hot, shares
 from espalier.train.paths import Pass, Paths, stream
+from espalier.train.running import device_of
 
 # Whether each row of codes `(n, d)` may be trained: those near a budget, say.
 Wanted = Callable[[NDArray[Any]], NDArray[np.bool_]]

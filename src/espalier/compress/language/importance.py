@@ -19,8 +19,7 @@ from espalier.compress.language.anatomy import (
     anatomy,
 )
 from espalier.errors import EspalierError, unknown
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import device_of
+from espalier.train.running import device_of, evaluating
 
 Importance = Literal["activation", "fluctuation", "norm", "taylor"]
 IMPORTANCES = ("activation", "fluctuation", "norm", "taylor")

@@ -13,6 +13,7 @@ from espalier.tasks import Task
 from espalier.train import losses
 from espalier.train.precision import Format, autocast
 from espalier.train.recipe import Recipe
+from espalier.train.running import laid_out
 
 
 def distance(outputs: Tensor, wanted: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -61,7 +62,7 @@ class Teaching:
             total = total + self.labels * told
         if self.original is not None and self.labels < 1:
             with torch.no_grad(), autocast(self.form, x.device.type):
-                wanted = self.original(x)
+                wanted = self.original(laid_out(self.original, x))
             apart = distance(outputs, wanted.float(), y, self.temperature)
             total = total + (1 - self.labels) * apart
         return total

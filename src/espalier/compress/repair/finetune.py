@@ -18,6 +18,7 @@ from espalier.tasks import Task
 from espalier.train import loop
 from espalier.train.precision import resolve
 from espalier.train.recipe import Recipe
+from espalier.train.running import device_of
 
 _UNBOUNDED = 1_000_000  # epochs
 
@@ -76,7 +77,7 @@ def finetune(
     if recipe is None and seconds is not None:
         chosen = replace(chosen, epochs=_UNBOUNDED)
     labels = 1.0 if original is None else share_of_labels
-    form = resolve(chosen.precision, loop.device_of(model).type)
+    form = resolve(chosen.precision, device_of(model).type)
     teaching = Teaching(task, original, chosen, temperature, labels, form)
     run = Run(model, teaching, optimiser, seconds, patience, seed, clock)
     run.resume(checkpoint)

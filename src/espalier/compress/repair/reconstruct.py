@@ -22,8 +22,8 @@ from espalier.compress.repair.kept import kept_rows
 from espalier.compress.repair.patches import KINDS, Places, inputs, outputs, refit_layer
 from espalier.errors import EspalierError
 from espalier.export.quantisers import Quantised, Quantiser
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import Progress, channels_last, device_of
+from espalier.train.loop import Progress
+from espalier.train.running import device_of, evaluating, laid_out
 from espalier.train.seeds import generator
 
 _ROWS = 8  # examples a coefficient: more change little
@@ -63,7 +63,7 @@ def reconstruct(
     if len(examples) < 2:
         raise EspalierError(f"a reconstruction needs 2 or more examples, got {len(examples)}")
     device = device_of(model)
-    x = channels_last(examples.to(device))
+    x = laid_out(model, examples.to(device))
     plan = _Plan(model, original, dict(kept or {}), seed)
     stored = copy.deepcopy(model.state_dict())
     with torch.no_grad(), evaluating(model), evaluating(original), _unrounded(model):
@@ -156,7 +156,7 @@ class _Plan:
             for name in self.layers:
                 handle = twins[name].register_forward_hook(keep(name))
                 stack.callback(handle.remove)
-            out: Tensor = self.original(x)
+            out: Tensor = self.original(laid_out(self.original, x))
         return out
 
     def mend(self, x: Tensor, ridge: float, progress: Progress | None) -> None:

@@ -21,6 +21,7 @@ from espalier.train import loop
 from espalier.train import optimiser as optimisers
 from espalier.train.evaluate import evaluate
 from espalier.train.precision import Format
+from espalier.train.running import device_of, laid_out, lay_out
 from espalier.train.seeds import generator, global_seed
 
 Clock = Callable[[], float]  # seconds from any zero
@@ -69,7 +70,7 @@ class Run:
         self.identity = self._identity(optimiser)
         if teaching.original is not None:
             teaching.original.eval()
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(model, next(iter(self.task.batches("train", 2)))[0])
         self.optimiser = make(model, self.recipe, optimiser)
         self.held = held(model)
         self.best = copy.deepcopy(model.state_dict())
@@ -154,7 +155,7 @@ class Run:
     def _epoch(self, epoch: int) -> dict[str, Any]:
         self.model.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        device = loop.device_of(self.model)
+        device = device_of(self.model)
         order = generator(self.seed, epoch, _SHUFFLE)
         total, count, lr, longest = 0.0, 0, 0.0, 0.0
         for x, y in self.task.batches("train", self.recipe.batch, order, self.recipe.augment):
@@ -168,7 +169,7 @@ class Run:
             lr = optimisers.rate(self.recipe, int(done * _FINE), _FINE)
             for group in self.optimiser.param_groups:
                 group["lr"] = lr
-            loss = self.teaching.loss(self.model, loop.channels_last(x.to(device)), y.to(device))
+            loss = self.teaching.loss(self.model, laid_out(self.model, x.to(device)), y.to(device))
             value = float(loss.detach())
             if not math.isfinite(value):
                 self.state.stopped = "diverged"

@@ -16,7 +16,7 @@ from espalier.estimators.zero_cost.sweep import Loss, Sweep
 from espalier.estimators.zero_cost.synflow import synflow
 from espalier.estimators.zero_cost.w_pca import w_pca
 from espalier.estimators.zero_cost.zen import zen
-from espalier.train.loop import device_of
+from espalier.train.running import device_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from espalier.errors import EspalierError
 from espalier.estimators.zero_cost.borrow import WEIGHTED, borrowed, norms
 from espalier.estimators.zero_cost.quick import Quick
-from espalier.train.loop import device_of
+from espalier.train.running import device_of
 
 _STEP = 0.01  # as published
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.solvers.relax import Moment, Softmax
-from espalier.train.loop import channels_last
+from espalier.train.running import channels_last
 from espalier.train.seeds import generator
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from espalier.solvers.relax.terms import Term, TermState
 from espalier.solvers.relax.thresholds import architecture_parameters
 from espalier.tasks import Task
 from espalier.train import checkpoint
-from espalier.train.loop import channels_last, device_of
 from espalier.train.precision import Format, autocast
+from espalier.train.running import device_of, laid_out
 from espalier.train.seeds import generator
 
 _PHASES: dict[Wanted, Phase] = {
@@ -39,10 +39,11 @@ class Feed:
     """
 
     def __init__(
-        self, parts: Mapping[Part, Task], settings: Settings, seed: int, device: torch.device
+        self, parts: Mapping[Part, Task], settings: Settings, seed: int, network: nn.Module
     ) -> None:
         self._parts, self._settings = parts, settings
-        self._seed, self._device = seed, device
+        self._seed, self._network = seed, network
+        self._device = device_of(network)
         self._streams: dict[Part, Iterator[Batch]] = {}
         self._now: dict[Part, Batch] = {}
 
@@ -59,7 +60,7 @@ class Feed:
         """This step's inputs and targets of a part, on the device."""
         if part not in self._now:
             x, y = next(self._streams[part])
-            inputs = channels_last(x.to(self._device, non_blocking=True))
+            inputs = laid_out(self._network, x.to(self._device, non_blocking=True))
             self._now[part] = inputs, y.to(self._device, non_blocking=True)
         return self._now[part]
 

@@ -30,8 +30,9 @@ from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import checkpoint as checkpoints
 from espalier.train.halves import halves
-from espalier.train.loop import Diverged, Progress, device_of, steps_of
+from espalier.train.loop import Diverged, Progress, steps_of
 from espalier.train.precision import resolve
+from espalier.train.running import device_of, lay_out
 from espalier.train.seeds import generator, global_seed
 
 _LOGITS, _GLOBAL = 16, 17  # purposes of random streams
@@ -110,10 +111,10 @@ class _Search:
         self.relaxation, self.rule, self.terms = relaxation, rule, terms
         self.names = names_of(supernet, names)
         self.base = base_of(supernet)
-        supernet.to(memory_format=torch.channels_last)
         device = device_of(supernet)
         self.logits = relaxation.start(supernet, self.names, generator(seed, _LOGITS))
         supernet.activate(self.base)
+        lay_out(supernet, next(iter(task.batches("train", 2)))[0])
         parts: dict[Part, Task] = {"train": task}
         if rule.splits:
             first, second = halves(task, settings.arch_share, seed)
@@ -126,7 +127,7 @@ class _Search:
             self.logits,
             terms,
             settings,
-            Feed(parts, settings, seed, device),
+            Feed(parts, settings, seed, supernet),
             seed,
             "fp32" if rule.fine and auto else resolve(settings.precision, device.type),
             rule.splits,
@@ -250,7 +251,7 @@ class _Search:
 
     def _sharpness(self, state: SelectionState) -> dict[str, float]:
         """On a few training batches, with the batch's own statistics, as the weights learned."""
-        feed = Feed(self.parts, self.settings, self.seed, device_of(self.supernet))
+        feed = Feed(self.parts, self.settings, self.seed, self.supernet)
         feed.begin(self.settings.epochs)
         batches = []
         for _ in range(4):

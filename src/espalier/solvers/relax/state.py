@@ -19,9 +19,9 @@ from espalier.solvers.relax.settings import Settings
 from espalier.solvers.relax.thresholds import architecture_parameters
 from espalier.space import Candidate
 from espalier.tasks import Split, Task
-from espalier.train.evaluate import calibration, evaluating, set_statistics
-from espalier.train.loop import channels_last, device_of
+from espalier.train.evaluate import calibration, set_statistics
 from espalier.train.precision import Format, autocast
+from espalier.train.running import device_of, evaluating, laid_out
 from espalier.train.seeds import generator
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class SelectionState:
         self.supernet.train()
         for x, y in self._passes():
             with autocast(self.precision, device.type):
-                outputs = self.supernet(channels_last(x.to(device)))
+                outputs = self.supernet(laid_out(self.supernet, x.to(device)))
             loss = self.task.loss(outputs.float(), y.to(device))
             loss.backward(inputs=learned)  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(learned, chosen.clip)
@@ -147,12 +147,12 @@ class SelectionState:
             device = device_of(self.supernet)
             if "calibration" not in self._read:
                 found = calibration(self.weights_task, 2, _BATCH // 2, self.seed)
-                self._read["calibration"] = [x.to(device) for x in found]
+                self._read["calibration"] = [laid_out(self.supernet, x.to(device)) for x in found]
             inputs, targets, left = [], [], images
             some = self.task.size(split) > images
             order = generator(self.seed, _SCORED) if some else None
             for x, y in self.task.batches(split, min(_BATCH, images), order):
-                inputs.append(channels_last(x[:left].to(device)))
+                inputs.append(laid_out(self.supernet, x[:left].to(device)))
                 targets.append(y[:left])
                 left -= len(y)
                 if left <= 0:

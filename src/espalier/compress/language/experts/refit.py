@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from espalier.compress.language.anatomy import Experts
 from espalier.compress.language.experts.merging import mixture
 from espalier.compress.language.weights.places import expert_inputs
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import device_of
+from espalier.train.running import device_of, evaluating
 
 _DAMP = 0.05  # times units over tokens: few tokens say little about many units
 _MOST = 16_384  # units that are fitted together: 2 GB of second moments

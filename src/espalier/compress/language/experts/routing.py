@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from espalier.compress.language.anatomy import Experts, anatomy
 from espalier.errors import EspalierError
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import device_of
+from espalier.train.running import device_of, evaluating
 
 ORDERS = ("reap", "frequency", "soft")
 

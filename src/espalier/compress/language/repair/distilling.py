@@ -30,7 +30,7 @@ from espalier.compress.language.weights.rounding import (
     repack,
 )
 from espalier.errors import EspalierError
-from espalier.train.loop import device_of
+from espalier.train.running import device_of
 
 Judge = Callable[[nn.Module], float]
 _TOKENS = 2048  # in one step

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.language.anatomy import Anatomy, Experts, Layer, Weights, anatomy
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import device_of
+from espalier.train.running import device_of, evaluating
 
 _AFTER = ("bert", "gemma2")  # norms stand between the map and the hidden states
 DAMP = 0.03

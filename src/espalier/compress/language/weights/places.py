@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.language.anatomy import Anatomy, Experts, Feed, Weights
-from espalier.train.evaluate import evaluating
-from espalier.train.loop import device_of
+from espalier.train.running import device_of, evaluating
 
 _ELEMENTS = 30_000_000  # of the experts' Gram matrices kept at once: 240 MB
 EXPERTS = ("gate_up_proj", "down_proj")  # a layer's experts, stacked (n, o, d), as they run
