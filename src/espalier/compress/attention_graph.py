@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from espalier.compress.attention import Attention
 from espalier.compress.calls import Call
+from espalier.export.placing import put
 
 _INPUTS = ("query", "key", "value")
 _OTHERS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
@@ -28,8 +29,7 @@ def plain_attention(network: nn.Module, calls: Mapping[str, Call]) -> None:
     """Turn every cut attention of a network into a graph, as it is called in `calls`, in place."""
     for path, module in list(network.named_modules()):
         if isinstance(module, Attention) and path in calls:
-            parent, _, last = path.rpartition(".")
-            network.get_submodule(parent)._modules[last] = as_graph(module, calls[path])
+            put(network, path, as_graph(module, calls[path]))
 
 
 def as_graph(module: Attention, call: Call) -> fx.GraphModule:

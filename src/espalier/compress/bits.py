@@ -13,6 +13,7 @@ from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.ranges import calibrate
 from espalier.compress.rounding import outputs_to_round
 from espalier.errors import EspalierError, unknown
+from espalier.export.placing import put
 from espalier.export.quantisers import (
     BLOCK,
     FLOAT,
@@ -169,7 +170,7 @@ class BoundBits(BoundCut):
         for name in rounded:
             round_output(modules[name])
         for name, bits in wanted.items():
-            model.set_submodule(name, quantised(modules[name], bits, self._block))
+            put(model, name, quantised(modules[name], bits, self._block))
         calibrate(model, self.inputs)
 
     def slice(self, name: str, layer: nn.Module, choices: Mapping[str, Option]) -> nn.Module | None:

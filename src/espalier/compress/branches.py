@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.compress.calls import Call, Pass
 from espalier.compress.cut import Ignored
 from espalier.export import deployed
+from espalier.export.placing import places
 
 # of these zeros come out where zeros go in: they may stay in a branch that is left out
 _KEEP_ZERO = (
@@ -74,7 +75,8 @@ class Removal:
             except AttributeError:  # it went with a block around it
                 continue
             if last in holder._modules:
-                yield holder, last, part
+                for place in places(model, holder.get_submodule(last)):
+                    yield *place, part
 
     def _stand_in(self, part: Part) -> nn.Module:
         if part.plain and not self.zero:

@@ -16,11 +16,12 @@ from espalier.compress.attention import Attention
 from espalier.compress.coupling.discovery import Written, discover
 from espalier.compress.coupling.groups import Group, cut, kept_rows, set_number
 from espalier.compress.coupling.labelling import evaluated
-from espalier.compress.coupling.sizes import resize, swap, traced
+from espalier.compress.coupling.sizes import resize, traced
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.importance import KINDS, scores
 from espalier.compress.narrow import narrow
 from espalier.errors import EspalierError, unknown
+from espalier.export.placing import put
 from espalier.space import Decision, Ordinal
 from espalier.space.options import Option
 
@@ -178,7 +179,7 @@ class BoundWidths(BoundCut):
             if any(p == path or p.startswith(f"{path}.") for p in touched):
                 graph = traced(model.get_submodule(path))
                 resize(graph, sizes)
-                swap(model, path, graph)
+                put(model, path, graph)
         cut(model, self.groups, kept)
 
     def layers(self) -> Mapping[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espalier.errors import ExportError
+from espalier.export.placing import put
 from espalier.export.quantisers import Quantised, Quantiser, unquantised
 
 DOMAIN, MARK = "espalier", "Mark"
@@ -52,11 +53,11 @@ def marked(network: nn.Module) -> tuple[nn.Module, dict[str, Rounding]]:
         if isinstance(module, Quantised):
             roundings[name] = Rounding(_levels(module.input_quantiser), _weights(module))
             mark = nn.Sequential(Mark(name), unquantised(module))
-            twin.set_submodule(name, mark)
+            put(twin, name, mark)
     for name, module in list(twin.named_modules()):
         if isinstance(module, Quantiser):
             roundings[name] = Rounding(_levels(module), None)
-            twin.set_submodule(name, Mark(name))
+            put(twin, name, Mark(name))
     return twin, roundings
 
 

@@ -15,8 +15,9 @@ from espalier.compress.coupling.groups import Group, Scaled, grouped
 from espalier.compress.coupling.labelling import Trace, evaluated, followed, outputs
 from espalier.compress.coupling.labels import thin
 from espalier.compress.coupling.proof import close, proven
-from espalier.compress.coupling.sizes import SizeRead, resize, swap, traced
+from espalier.compress.coupling.sizes import SizeRead, resize, traced
 from espalier.compress.cut import Ignored
+from espalier.export.placing import put
 
 Written = tuple[tuple[SizeRead, int], ...]  # sizes in a graph, and their numbers before any cut
 
@@ -125,7 +126,7 @@ def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Mod
         if _plain(before):
             continue
         try:
-            swap(twin, path, traced(before))
+            put(twin, path, traced(before))
             with evaluated(twin), torch.no_grad():
                 found = outputs(twin(example))
             same = len(found) == len(expected) and all(map(close, found, expected))
@@ -134,7 +135,7 @@ def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Mod
         if same:
             changed.append(path)
         else:
-            swap(twin, path, before)
+            put(twin, path, before)
     return twin, changed
 
 

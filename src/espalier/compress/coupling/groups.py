@@ -14,9 +14,10 @@ from espalier.compress.attention import Attention
 from espalier.compress.coupling.calls import KERNEL, TABLE
 from espalier.compress.coupling.labelling import Trace
 from espalier.compress.coupling.labels import Whole
-from espalier.compress.coupling.sizes import Place, Size, resize, swap
+from espalier.compress.coupling.sizes import Place, Size, resize
 from espalier.compress.cut import Ignored
 from espalier.compress.narrow import Rows, narrow
+from espalier.export.placing import put
 
 Kept = Mapping[str, Tensor]
 WEAK = (KERNEL, TABLE)  # reasons that hold of one dim and say nothing of the layer's outputs
@@ -92,7 +93,7 @@ def cut(model: nn.Module, groups: Mapping[str, Group], kept: Kept) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention) and {path, f"{path}.out_proj"} & set(rows):
-            swap(model, path, Attention(module))
+            put(model, path, Attention(module))
     modules = dict(model.named_modules(remove_duplicate=False))
     shared: dict[int, Tensor] = {}
     for path, gone in rows.items():

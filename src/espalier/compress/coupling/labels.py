@@ -155,7 +155,9 @@ class Labels:
             return False
         size = min(sizes)
         if len(sizes) == 1 and not field.shape[dim] % size:
-            rows = self.find(field.movedim(dim, 0).reshape(field.shape[dim], -1)[:, 0]).reshape(-1, size)
+            rows = self.find(field.movedim(dim, 0).reshape(field.shape[dim], -1)[:, 0]).reshape(
+                -1, size
+            )
             if len({tuple(sorted(part)) for part in rows.tolist()}) > 1:
                 self.level(field.movedim(dim, 0).unflatten(0, rows.shape), {0})  # type: ignore[no-untyped-call]
         return True

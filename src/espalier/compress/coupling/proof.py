@@ -106,7 +106,7 @@ def _plans(model: nn.Module, group: Group) -> Iterator[Group]:
 
 def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]]:
     """Whole numbers on the modules around a group's layers: counts of heads, counts of channels."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     paths = {path for m in group.members for path, _ in m.owners}
     around = sorted(
         {p.rpartition(".")[0] for p in paths if p} | {p for p in paths if _owner(modules[p])}

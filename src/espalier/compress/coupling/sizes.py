@@ -195,9 +195,3 @@ def _lengths_followed(module: nn.Module) -> Iterator[None]:
     finally:
         del names["len"]
         names.update(before)
-
-
-def swap(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put another module at a path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
