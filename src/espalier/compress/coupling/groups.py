@@ -20,6 +20,7 @@ from espalier.compress.narrow import Rows, narrow
 from espalier.export.placing import put
 
 Kept = Mapping[str, Tensor]
+UNREAD = "nothing reads it when the model runs on the example: longer inputs may"
 WEAK = (KERNEL, TABLE)  # reasons that hold of one dim and say nothing of the layer's outputs
 
 
@@ -169,21 +170,24 @@ def grouped(trace: Trace) -> tuple[list[Group], dict[int, str], list[Ignored]]:
         alike.setdefault(tuple((i, len(rows)) for i, rows in found.items()), []).append(label)
     groups: list[Group] = []
     of: dict[int, str] = {}
+    unread: list[Ignored] = []
     for signature, labels in alike.items():
         members = tuple(
             _member(trace, i, [places[label][i] for label in labels]) for i, _ in signature
         )
         made = [m for m, (i, _) in zip(members, signature, strict=True) if _produces(trace, i, m)]
-        if made:
+        heads, mean = bool(attended & set(labels)), bool(averaged & set(labels))
+        if made and len(members) == 1 and not members[0].consumed and not mean:
+            unread.append(Ignored(made[0].path or made[0].tensor, "width", UNREAD))
+        elif made:
             name = _unused(made[0].path or made[0].tensor, groups)
-            heads, mean = bool(attended & set(labels)), bool(averaged & set(labels))
             sizes = _sizes(trace, labels)
             groups.append(Group(name, len(labels), members, heads, mean, sizes=sizes))
             of.update(dict.fromkeys(labels, name))
     return (
         groups,
         {int(x): of[int(r)] for x, r in enumerate(root) if int(r) in of},
-        _locked(trace, why),
+        [*_locked(trace, why), *dict.fromkeys(unread)],
     )
 
 
