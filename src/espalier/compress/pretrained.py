@@ -15,6 +15,7 @@ from espalier.compress.attention_graph import plain_attention
 from espalier.compress.calls import Call, follow
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.matched import matched
+from espalier.compress.own_copy import own_copy
 from espalier.compress.pieces.units import Unit, Units
 from espalier.errors import EspalierError
 from espalier.export import deployed
@@ -42,16 +43,20 @@ class Pretrained(Family):
         self,
         model: nn.Module,
         example: Tensor,
-        cuts: Sequence[Cut] | None = None,
+        cuts: Sequence[Cut] | Cut | None = None,
         name: str = "model",
         calibration: Tensor | None = None,
     ) -> None:
         self.name = name
-        self.model: nn.Module = copy.deepcopy(model).cpu().eval()
+        if not isinstance(example, Tensor) or not example.dim():
+            what = type(example).__name__
+            raise EspalierError(f"an example is a tensor of inputs (b, ...), got {what}")
+        self.model: nn.Module = own_copy(model)
         self._example = example.detach().cpu().contiguous()
         self.calibration = None if calibration is None else calibration.detach().cpu().contiguous()
         self.shape, self.classes = tuple(example.shape[1:]), _classes(self.model, self._example)
-        wanted = sorted(_default() if cuts is None else cuts, key=_rank)
+        given = (cuts,) if isinstance(cuts, Cut) else cuts
+        wanted = sorted(_default() if given is None else given, key=_rank)
         self._settings = tuple(wanted)
         self._attended: dict[str, Call] | None = None
         self.cuts: tuple[BoundCut, ...] = tuple(self._bound(cut) for cut in wanted)
@@ -188,6 +193,8 @@ def _default() -> tuple[Cut, ...]:
 
 
 def _rank(cut: Cut) -> float:
+    if not isinstance(cut, Cut):
+        raise EspalierError(f"cuts are such as Widths() or Depth(), got {cut!r}")
     return ORDER.index(cut.kind) if cut.kind in ORDER else 1.5
 
 

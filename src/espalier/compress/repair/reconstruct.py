@@ -67,7 +67,7 @@ def reconstruct(
     plan = _Plan(model, original, dict(kept or {}), seed)
     stored = copy.deepcopy(model.state_dict())
     with torch.no_grad(), evaluating(model), evaluating(original), _unrounded(model):
-        wanted = plan.watch(x)
+        wanted = plan.watch(laid_out(original, x))
         before = _apart(model(x), wanted)
         plan.restore_statistics()
         plan.mend(x, ridge, progress)
@@ -156,7 +156,7 @@ class _Plan:
             for name in self.layers:
                 handle = twins[name].register_forward_hook(keep(name))
                 stack.callback(handle.remove)
-            out: Tensor = self.original(laid_out(self.original, x))
+            out: Tensor = self.original(x)
         return out
 
     def mend(self, x: Tensor, ridge: float, progress: Progress | None) -> None:
