@@ -1,5 +1,6 @@
 """Networks that run only on rows of pixels: they flatten by `view`, or have other weights than images'."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_every_stage_takes_what_needs_rows_of_pixels(network, shape) -> None:
     group = next(name for name in family.space.names if "conv" in name or "first" in name)
     small = family.build(family.space.candidate({**family.original, group: 4}))
     recipe = esp.Recipe(epochs=1, batch=8, lr=0.01)
-    esp.train.fit(family.model, task, recipe, seed=0)
+    esp.train.fit(copy.deepcopy(family.model), task, recipe, seed=0)
     repair.recalibrate(small, task)
     done = repair.reconstruct(small, family.model, torch.randn(32, *shape))
     assert not [row for row in done["skipped"] if "times" in row["reason"]]
