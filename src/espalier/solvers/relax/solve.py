@@ -114,11 +114,11 @@ class _Search:
         device = device_of(supernet)
         self.logits = relaxation.start(supernet, self.names, generator(seed, _LOGITS))
         supernet.activate(self.base)
-        lay_out(supernet, next(iter(task.batches("train", 2)))[0])
         parts: dict[Part, Task] = {"train": task}
         if rule.splits:
             first, second = halves(task, settings.arch_share, seed)
             parts = {"train": first, "validation": second}
+        lay_out(supernet, next(iter(parts["train"].batches("train", 2)))[0])
         self.parts, auto = parts, settings.precision == "auto"
         self.problem = NetworkProblem(
             supernet,
