@@ -30,6 +30,10 @@ class ExportError(EspalierError):
     """A network that can't be exported, or whose export does not compute the same."""
 
 
+class NotInTimeError(EspalierError):
+    """A program that found nothing in its time, nor proved that there is nothing."""
+
+
 class MissingExtra(EspalierError):
     """An optional package is absent; the text holds the command that installs it."""
 

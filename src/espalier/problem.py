@@ -172,8 +172,11 @@ class Limit:
     relative: bool = False
 
     def resolve(self, reference: float) -> Limit:
-        """The absolute limit for a reference value (the original model's cost)."""
-        return Limit(self.metric, self.bound * reference, self.op) if self.relative else self
+        """The absolute limit for a reference value (the original model's cost), to 14 digits: a
+        share that says a whole number allows that number."""
+        if not self.relative:
+            return self
+        return Limit(self.metric, float(f"{self.bound * reference:.14g}"), self.op)
 
     def amount(self) -> str:
         """The bound in digits that read as it, or as the next number below: "60%", "0.8"."""

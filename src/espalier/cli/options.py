@@ -32,7 +32,9 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
     except EspalierError as error:
         print(f"espalier: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            hint = f" Go on with the same command, --out {stop.args[0]} and --resume."
         print(f"\nespalier: stopped; nothing finished is lost.{hint}", file=sys.stderr)
         raise typer.Exit(130) from None
 
@@ -86,7 +88,10 @@ def loaded(text: str) -> Any:
         raise EspalierError(f"{path!r} has no {name!r}: write my.py:name, a file and a name in it")
     made = getattr(module, name)
     try:
-        return made() if callable(made) and _takes_nothing(made) else made
+        found = made() if callable(made) and _takes_nothing(made) else made
+        if hasattr(found, "batches"):
+            found.text = text  # a task: what runs it again is told by the report
+        return found
     except EspalierError:
         raise
     except Exception as error:

@@ -81,8 +81,7 @@ def search(
     Example: `espalier search --task digits --family mobilenet --max latency_ms=70% --max params=30k
     --budget 2min --workers 2 --out runs/digits`
     """
-    hint = f" Go on with the same command and --resume (study: {out})." if out else ""
-    with one_line_errors(hint):
+    with one_line_errors():
         from espalier.flows.progress import display
         from espalier.flows.search import search as run
         from espalier.problem import SearchBudget

@@ -69,9 +69,7 @@ def shrink(
         "budget": budget, "decisions": decisions, "measure": measure, "repair": repair,
         "baselines": baselines, "seed": seed, "out": out, "resume": resume, "reuse": reuse,
     }  # fmt: skip
-    with one_line_errors(
-        f" Go on with the same command and --resume (study: {out})." if out else ""
-    ):
+    with one_line_errors():
         if text is not None or (Path(model).is_dir() and not _reads(model)):
             refuse(weights, solver, text, explain, task, device, batch, tune)
             asked |= {"grouped": grouped, "context": context, "threads": threads}

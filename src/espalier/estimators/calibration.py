@@ -110,6 +110,8 @@ class Calibrated(Estimator):
             device, left = device_of(self._original()), self.samples
             self._data = []
             for x, y in self.task.batches("train", min(_BATCH, left), generator(self.seed)):
+                if left == 1 and self._data:
+                    break  # norms that are set anew need two examples
                 self._data.append(
                     (laid_out(self._original(), x[:left].to(device)), y[:left].to(device))
                 )

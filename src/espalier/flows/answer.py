@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from espalier import report
+from espalier.errors import ExportError
 from espalier.export import Exported, export
 from espalier.flows.finals import Entry
 from espalier.flows.measuring import Measuring
@@ -67,8 +68,16 @@ class Answer:
         return report.write(self._result, self.folder)["html"]
 
     def publish(self) -> Path:
-        """Exports the best network and writes the report; the result lists every file."""
-        exported = self.export()
+        """Exports the best network and writes the report; the result lists every file.
+
+        Errors: `ExportError` where the network can't be exported; the report is there nevertheless.
+        """
+        try:
+            exported = self.export()
+        except ExportError as error:
+            self._result["notes"] = [*self._result["notes"], f"Not exported: {error}"]
+            error.args = (f"{error}; the report is {self.report()}, the weights lie beside it",)
+            raise
         self._result["files"] = {k: str(v) for k, v in exported.files.items()}
         self._result["differences"] = exported.differences
         notes = [n for n in self._result["notes"] if _WRITTEN not in n]  # of an earlier call

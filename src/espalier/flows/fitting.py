@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from espalier.errors import BudgetError
+from espalier.errors import BudgetError, EspalierError, NotInTimeError
 from espalier.flows.repairing import mended
 from espalier.flows.shrinking import LATENCY, Shrinking
 from espalier.problem import Limit, Reading
@@ -39,11 +39,11 @@ def best_fitted(
     Errors: `BudgetError` of the first, where none keeps the limits.
     """
     found: dict[Candidate, str] = {}
-    refused: list[BudgetError] = []
+    refused: list[EspalierError] = []
     for way, solve in solves.items():
         try:
             found.setdefault(fitted(job, name, solve, tighten), way)
-        except BudgetError as error:
+        except (BudgetError, NotInTimeError) as error:
             refused.append(error)
     if not found:
         raise refused[0]
@@ -119,7 +119,7 @@ class _Fitting:
         limits = [replace(x, bound=bound) if x is self.limit else x for x in self.job.limits]
         try:
             return self.solve(limits)
-        except BudgetError:
+        except (BudgetError, NotInTimeError):
             return None
 
     def next(self, bound: float, took: float, new: bool) -> float:

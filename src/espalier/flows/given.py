@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
@@ -34,13 +35,16 @@ def given_model(
     made, batch = _module(model, task)
     if weights is not None:
         load_weights(made, weights)
-    if example is None:
-        example = next(iter(task.batches("train", 2)))[0]
+    x, y = next(iter(task.batches("train", 2)))
+    own = example is None
+    example = x if example is None else example
     example = example[:2].detach().cpu().contiguous()
     output = _run(made, example, task, batch)
     if isinstance(getattr(output, "logits", None), Tensor):
         made, output = _logits(made), output.logits
     _check(output, task)
+    if own:
+        _check_loss(output, y[:2], task)
     if batch is not None:
         _check_rows(made, example, output, batch)
     return made, example
@@ -166,6 +170,19 @@ def _check(output: Any, task: Task) -> None:
         )
     if not bool(torch.isfinite(output).all()):
         raise EspalierError("the model's output is not finite (NaN or infinity): mend it first")
+
+
+def _check_loss(output: Tensor, targets: Tensor, task: Task) -> None:
+    try:
+        loss = float(task.loss(output.float(), targets).detach())
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EspalierError(
+            f"the loss of the task {task.name} fails on the model's output {tuple(output.shape)} and "
+            f"targets {tuple(targets.shape)} of {targets.dtype}: {first}"
+        ) from error
+    if not math.isfinite(loss):
+        raise EspalierError(f"the loss of the task {task.name} is {loss} on the given model")
 
 
 # --- weights ---------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class _Rebuilt:
             )
         if kind == "Reshape":
             more["batch"] = self.batch
-        if kind == "Expand":
+        if kind in ("Expand", "GlobalAveragePool"):
             more["rank"] = self.rank(node.input[0])
         if all(v is None or isinstance(v, Tensor) for v in given):
             return CALLS[kind](given, more)  # constants are computed now

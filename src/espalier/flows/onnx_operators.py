@@ -195,16 +195,26 @@ def _cast(given: Sequence[Any], more: Attributes) -> Any:
     return given[0]
 
 
-def _pool(function: Callable[..., Any]) -> Callable[[Sequence[Any], Attributes], Any]:
+def _pool(kind: str) -> Callable[[Sequence[Any], Attributes], Any]:
+    """Pooling by the `max` or the `avg` of as many dims as the kernel has."""
+
     def pool(given: Sequence[Any], more: Attributes) -> Any:
         kernel = list(more["kernel_shape"])
+        if more.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+            raise DataError("an ONNX pooling with auto_pad can't be read")
         pads = list(more.get("pads", [0] * 2 * len(kernel)))
         if pads[: len(kernel)] != pads[len(kernel) :] or more.get("ceil_mode", 0):
             raise DataError("an ONNX pooling with uneven pads or ceil_mode can't be read")
         strides = list(more.get("strides", [1] * len(kernel)))
         settings: dict[str, Any] = {}
-        if function is functional.avg_pool2d:
+        dilations = list(more.get("dilations", [1] * len(kernel)))
+        if kind == "avg":
             settings["count_include_pad"] = bool(more.get("count_include_pad", 0))
+            if max(dilations) > 1:
+                raise DataError("an ONNX average pooling with dilations can't be read")
+        else:
+            settings["dilation"] = dilations
+        function = getattr(functional, f"{kind}_pool{len(kernel)}d")
         return function(given[0], kernel, strides, pads[: len(kernel)], **settings)
 
     return pool
@@ -255,9 +265,9 @@ CALLS: dict[str, Callable[[Sequence[Any], Attributes], Any]] = {
     "Identity": lambda g, m: g[0],
     "Dropout": lambda g, m: g[0],
     "ReduceMean": _reduce_mean,
-    "GlobalAveragePool": lambda g, m: g[0].mean((2, 3), keepdim=True),
-    "AveragePool": _pool(functional.avg_pool2d),
-    "MaxPool": _pool(functional.max_pool2d),
+    "GlobalAveragePool": lambda g, m: g[0].mean(tuple(range(2, m["rank"])), keepdim=True),
+    "AveragePool": _pool("avg"),
+    "MaxPool": _pool("max"),
 }
 
 OPERATORS = tuple(sorted({"Constant", "Shape", *LAYERS, *CALLS, *COMPUTED}))

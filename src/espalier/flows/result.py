@@ -34,6 +34,7 @@ def result_json(job: Job, found: Found, trials: Sequence[Trial], seconds: float)
         "espalier": versions()["espalier"],
         "title": f"{job.family.name} for {job.task.name}",
         "quality": job.quality.name,
+        "goal": job.quality.goal,
         "question": question(job),
         "best": entry_json(found.best),
         "front": [entry_json(e) for e in found.front],
@@ -237,14 +238,14 @@ def reproduce(job: Job) -> dict[str, Any]:
     flags = " ".join(f"--max {x.metric}={x.bound:g}" for x in job.limits if x.op == "<=")
     strategy = job.strategy if isinstance(job.strategy, str) else "nsga2"
     command = (
-        f"espalier search --task {shlex.quote(job.task.name)} --family {job.family.name} {flags} "
+        f"espalier search --task {shlex.quote(job.task.text or 'TASK')} --family {job.family.name} {flags} "
         f"--budget {shlex.quote(str(job.budget).replace(' ', ''))} --seed {job.seed} "
         f"--strategy {strategy} --workers {job.workers}"
     )
     solver = "" if job.solver == "search" else f", solver={job.solver!r}"
     command += f" --solver {job.solver}" if solver else ""
     python = (
-        f"esp.search({job.family.name!r}, {job.task.name!r}, within={within!r}, "
+        f"esp.search({job.family.name!r}, {repr(job.task.text) if job.task.text else 'task'}, within={within!r}, "
         f"on=esp.costs.{job.runtime!r}, budget={str(job.budget)!r}, seed={job.seed}{solver})"
     )
     return {

@@ -29,9 +29,9 @@ _FILLED = 0.85  # random candidates that leave more of the budget unused are not
 def rivals(job: Shrinking) -> dict[str, Candidate]:
     """Name to candidate; one that can't keep the limits as measured is left out."""
     out = {}
-    ways = {"uniform width": uniform, "global threshold": thresholded, "random": by_chance}
-    if not any(isinstance(cut, BoundWidths) for cut in job.family.cuts):
-        del ways["global threshold"]
+    ways = {"uniform": uniform, "random": by_chance}
+    if any(isinstance(cut, BoundWidths) for cut in job.family.cuts):
+        ways = {"uniform width": uniform, "global threshold": thresholded, "random": by_chance}
     for name, make in ways.items():
         try:
             out[name] = fitted(job, name, make(job))

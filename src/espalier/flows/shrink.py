@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -104,6 +105,7 @@ def shrink(
     folder = study_folder(out, f"{task.name}-{family.name}-small", resume)
     identity = shrink_identity(family, task, asked, runtime, solver, measure, seed, cuts)
     identity |= {"repair": repair, "baselines": baselines} | ({} if tune else {"tune": tune})
+    identity |= {} if recipe is None else {"recipe": asdict(recipe)}
     settings = {"budget": str(spend)}
     taken = {} if reuse is None else PAID.of(Path(reuse), identity)
     study = (
@@ -126,7 +128,8 @@ def shrink(
         if PAID.nothing(folder):
             withdraw(folder)
             raise
-        raise type(error)(f"{error}; what was measured is kept: reuse {folder}") from error
+        error.args = (f"{error}; what was measured is kept: reuse {folder}",)
+        raise
 
 
 def _run(job: Shrinking, began: float) -> Shrunk:

@@ -18,6 +18,7 @@ from espalier.compress import Cut, Pretrained
 from espalier.compress.sparsity import StoredBytes
 from espalier.costs import CodeCost, Counts, OnnxRuntime, PredictedLatency
 from espalier.costs.side_by_side import Ratio, ratio
+from espalier.errors import EspalierError
 from espalier.estimators.calibration import Calibrated, Measure
 from espalier.export import to_onnx
 from espalier.flows.finals import Entry
@@ -118,6 +119,11 @@ class Shrinking(Measuring):
             "original validation",
             lambda: train.evaluate(self.family.model, self.task, "validation"),
         )
+        if not math.isfinite(judged[self.quality.name]):
+            raise EspalierError(
+                f"the given model's {self.quality.name} on validation is {judged[self.quality.name]}: "
+                "there is nothing to keep"
+            )
         readings.update(self.validated(judged))
         self.original = Entry(candidate, "the original", readings)
         self.limits = tuple(x.resolve(readings[x.metric].value) for x in self.limits)

@@ -37,6 +37,7 @@ def shrunk_json(
         "espalier": versions()["espalier"],
         "title": f"{job.family.name} made smaller for {job.task.name}",
         "quality": job.quality.name,
+        "goal": job.quality.goal,
         "question": question(job),
         "best": entry_json(found.best),
         "front": [],
@@ -226,7 +227,7 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
     flags += [] if job.baselines else ["--no-baselines"]
     command = " ".join(
         [
-            f"espalier shrink MODEL --weights WEIGHTS --task {shlex.quote(job.task.name)}",
+            f"espalier shrink MODEL --weights WEIGHTS --task {shlex.quote(job.task.text or 'TASK')}",
             *(f"--max {x.metric}={x.amount()}" for x in job.asked if x.op == "<="),
             f"--decisions {shlex.quote(kinds)} --budget {shlex.quote(str(job.budget).replace(' ', ''))}",
             *(f"--seed {job.seed}", *flags),
@@ -237,7 +238,7 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
     within = {x.metric: f"{x.op} {x.amount()}" for x in job.asked}
     cuts = ", ".join(f"esp.compress.{_called(cut)}" for cut in job.cuts)
     python = (
-        f"esp.shrink(model, {job.task.name!r}, within={within!r}, on=esp.costs.{runtime!r}, "
+        f"esp.shrink(model, {repr(job.task.text) if job.task.text else 'task'}, within={within!r}, on=esp.costs.{runtime!r}, "
         f"decisions=[{cuts}], budget={str(job.budget)!r}, solver={job.solver!r}, "
         f"measure={job.measure!r}, repair={job.repair}, {'' if job.tune else 'tune=False, '}"
         f"baselines={job.baselines}, seed={job.seed})"

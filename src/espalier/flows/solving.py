@@ -20,6 +20,7 @@ from espalier.flows.shrinking import LATENCY, Shrinking
 from espalier.problem import Limit, Metrics, Problem
 from espalier.solvers import strategies
 from espalier.solvers.allocate import Factor, Program, cost_factors
+from espalier.solvers.allocate.cpsat import programs
 from espalier.space import Candidate
 from espalier.study import Serial, Trial
 
@@ -210,8 +211,9 @@ def searching(job: Shrinking) -> Solve:
     """Evolution over the space by the harm of whole candidates; all of them where they are few."""
     space = job.family.space
     metric = job.calibrated.metrics[0]
+    slack = _SLACK * _pace(job)
     limits = tuple(
-        Limit(x.metric, x.bound * _SLACK, x.op) if x.metric == LATENCY else x for x in job.limits
+        Limit(x.metric, x.bound * slack, x.op) if x.metric == LATENCY else x for x in job.limits
     )
     few = space.size <= _FEW
     trials = int(space.size) if few else job.budget.trials or 2000
@@ -238,22 +240,27 @@ def searching(job: Shrinking) -> Solve:
         on_trial=on_trial,
     )
     rows = [t for t in found if t.state == "done"]
-    if not rows:
-        raise BudgetError(
-            f"the search met no candidate within {', '.join(map(str, job.limits))}: raise a "
-            "limit, or let solver='allocate' find one"
-        )
     sign = 1.0 if metric.goal == "min" else -1.0
     rows.sort(key=lambda t: (sign * t.metrics[metric.name].value, t.position))
     prices = job.pricing(space.encode([t.candidate for t in rows]))
     return lambda wanted: _first(rows, prices, wanted)
 
 
+def _pace(job: Shrinking) -> float:
+    """What the table says of the original, as a share of what was measured."""
+    if job.predicted is None:
+        return 1.0
+    predicted = job.price(job.family.original)[LATENCY].value
+    return predicted / job.original.metrics[LATENCY].value
+
+
 def _first(rows: Sequence[Trial], prices: Metrics, limits: Sequence[Limit]) -> Candidate:
-    broken = Problem((), tuple(limits)).violations(prices)
-    kept = np.flatnonzero(broken <= 0)
+    kept = np.flatnonzero(Problem((), tuple(limits)).violations(prices) <= 0)
     if len(kept) == 0:
-        raise BudgetError(f"no trial keeps {', '.join(map(str, limits))}")
+        raise BudgetError(
+            f"the search met no candidate within {', '.join(map(str, limits))}: raise a "
+            "limit, or let solver='allocate' find one"
+        )
     return rows[int(kept[0])].candidate
 
 
@@ -272,11 +279,16 @@ def known_names(solver: str, measure: str) -> str:
 
 
 def check_decided(family: Pretrained, solver: str) -> None:
-    """Refuses decisions that the solver can't take, before anything is measured."""
+    """Refuses decisions that the solver can't take, before anything is measured.
+
+    Errors: `MissingExtra` without OR-Tools, which only a search of few candidates gets on without.
+    """
     if solver.startswith("relax"):
         from espalier.flows.gating import check_masks
 
         check_masks(family.space.names, solver)
+    elif solver != "search":
+        programs()
 
 
 def check_counted(job: Shrinking) -> None:

@@ -136,7 +136,7 @@ class Result:
     @property
     def rising(self) -> bool:
         """Whether more of the quality is better; losses and errors are to be small."""
-        goal = self.best.reading(self.quality).get("goal")
+        goal = self.raw.get("goal")
         if goal in ("min", "max"):
             return bool(goal == "max")
         return not any(word in self.quality for word in ("loss", "error", "perplexity"))

@@ -139,6 +139,8 @@ class Study:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, KeyboardInterrupt) and not error.args:
+            error.args = (str(self.folder),)  # for whoever tells how to go on
         self.close()
 
     # --- what is recorded ----------------------------------------------------------------------

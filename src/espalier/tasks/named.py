@@ -30,7 +30,9 @@ def make(text: str, seed: int = 0) -> ImageTask:
             )
         raise DataError(unknown("task", head, NAMED) + ", or a path to a folder or an .npz")
     options = {"seed": seed, **_options(tail)}
-    return images(head, **options)  # type: ignore[arg-type]  # every option is a whole number
+    made = images(head, **options)  # type: ignore[arg-type]  # every option is a whole number
+    made.text = text.strip()
+    return made
 
 
 def _options(tail: str) -> dict[str, int]:

@@ -22,6 +22,7 @@ class Task(ABC):
     """
 
     name: str = "task"
+    text: str = ""  # the line that names it with all its options, where it was made from one
     shape: tuple[int, ...]  # one input, without the batch dimension
     classes: int  # width of the network's output
     metrics: tuple[Metric, ...]

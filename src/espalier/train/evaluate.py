@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from espalier.errors import DataError
 from espalier.tasks import Split, Task
 from espalier.train.running import device_of, evaluating, laid_out
 from espalier.train.seeds import generator
@@ -24,7 +26,18 @@ def evaluate(network: nn.Module, task: Task, split: Split, batch: int = 512) -> 
         for x, y in task.batches(split, batch):
             outputs.append(network(laid_out(network, x.to(device))).float().cpu())
             targets.append(y)
-        return task.measure(torch.cat(outputs), torch.cat(targets))
+        return _told(task, task.measure(torch.cat(outputs), torch.cat(targets)))
+
+
+def _told(task: Task, measured: Mapping[str, Any]) -> dict[str, float]:
+    """What a task measured, as numbers. Errors: `DataError` where one of its metrics is missing."""
+    missing = [m.name for m in task.metrics if m.name not in measured]
+    if missing:
+        raise DataError(
+            f"the task {task.name} has the metrics {', '.join(m.name for m in task.metrics)}, but its "
+            f"measure gives {', '.join(measured) or 'nothing'}"
+        )
+    return {name: float(value) for name, value in measured.items()}
 
 
 def recalibrate(

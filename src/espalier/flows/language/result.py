@@ -34,6 +34,7 @@ def language_json(
         "espalier": versions()["espalier"],
         "title": f"{job.family.name} made smaller for {job.task.name}",
         "quality": job.quality.name,
+        "goal": job.quality.goal,
         "question": question(job),
         "best": entry_json(found.best),
         "front": [],

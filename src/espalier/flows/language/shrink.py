@@ -152,7 +152,8 @@ def shrink_language(
         if PAID.nothing(where):
             withdraw(where)
             raise
-        raise type(error)(f"{error}; what was measured is kept: reuse {where}") from error
+        error.args = (f"{error}; what was measured is kept: reuse {where}",)
+        raise
 
 
 def _run(

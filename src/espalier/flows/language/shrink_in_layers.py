@@ -136,7 +136,8 @@ def shrink_in_layers(
             shutil.rmtree(where / UNDERWAY, ignore_errors=True)
             withdraw(where)
             raise
-        raise type(error)(f"{error}; what is finished is kept: go on with --resume") from error
+        error.args = (f"{error}; what is finished is kept: go on with --resume",)
+        raise
 
 
 def _shrunk(passes: Passes, task: TokenText, limit: Limit, tries: int) -> InLayers:

@@ -35,7 +35,7 @@ class Model:
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self._cp = _cp_model()
+        self._cp = programs()
         self._model = self._cp.CpModel()
         self._options = [
             [self._model.new_bool_var(f"{d.name}={i}") for i in range(d.count)]
@@ -201,7 +201,8 @@ class Model:
         return Answer(status, row, solver.best_objective_bound)
 
 
-def _cp_model() -> Any:
+def programs() -> Any:
+    """OR-Tools' module of programs. Errors: `MissingExtra` where it is not installed."""
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espalier.errors import BudgetError, EspalierError, unknown
+from espalier.errors import BudgetError, EspalierError, NotInTimeError, unknown
 from espalier.problem import Limit
 from espalier.solvers.allocate.cpsat import Answer, Model
 from espalier.solvers.allocate.factor import Factor, exact
@@ -169,7 +169,7 @@ class Program:
         """The best candidate, as far as `seconds` allow; `forbidden` ones are not given.
 
         It begins at `hint`, or where greedy allocation ends. Errors: `BudgetError` where no
-        candidate keeps the limits, with the least that is reachable; `EspalierError` where none
+        candidate keeps the limits, with the least that is reachable; `NotInTimeError` where none
         was found in time; `MissingExtra` without OR-Tools.
         """
         begin = time.perf_counter()
@@ -191,7 +191,7 @@ class Program:
         if row is None:
             if status == "infeasible":
                 raise BudgetError(reason(self, refused, seconds))
-            raise EspalierError(
+            raise NotInTimeError(
                 f"no candidate within {told(self.limits)} was found in {seconds:g} s, nor proved "
                 "absent: give the program more seconds"
             )
