@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs.pace import Pace
+from espalier.costs.rows import unfolded
 from espalier.costs.runtime import OnnxRuntime
 from espalier.costs.turn import Turn
 from espalier.export import deployed, to_onnx
@@ -56,7 +57,7 @@ class Stopwatch:
 
     def piece(self, module: nn.Module, x: Tensor) -> float:
         """Milliseconds that a piece adds to a network."""
-        x = self._runtime.batched(x)
+        module, x = unfolded(module, self._runtime.batched(x))
         if isinstance(module, Turn):
             return max(self._between(x), _LEAST)
         with deployed(module):

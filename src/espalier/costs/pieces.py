@@ -24,6 +24,7 @@ from espalier.costs.cost import Builder
 from espalier.costs.count import Count, counted
 from espalier.costs.distinct import distinct
 from espalier.costs.record import record
+from espalier.costs.rows import unfolded
 from espalier.costs.turn import Turn
 from espalier.costs.work import features, fingerprint
 from espalier.export import deployed
@@ -172,10 +173,11 @@ def unseeded() -> Iterator[None]:
 
 
 def _piece(module: nn.Module, x: Tensor, candidate: Candidate, unit: str) -> Piece:
-    run = record(module, x)
-    count = counted(module, run)
     # what stays alive beside it (a shortcut), where the family knows: see `UnitFamily`
     beside = int(getattr(module, "beside_bytes", 0))
+    module, x = unfolded(module, x)
+    run = record(module, x)
+    count = counted(module, run)
     count = replace(count, activation_bytes=count.activation_bytes + beside)
     return Piece(fingerprint(run), count, tuple(features(run)), candidate, unit)
 
@@ -186,6 +188,8 @@ _TOLD |= {"container", "flatten"}
 
 def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     """What decides the counts and work of a chain of torch's plain layers, without running it."""
+    beside = getattr(module, "beside_bytes", 0)
+    module, x = unfolded(module, x)
     if isinstance(module, Turn):
         return "turn", tuple(x.shape), x.dtype
     for part in module.modules():
@@ -196,7 +200,6 @@ def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     state = module.state_dict()
     weights = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     held = tuple((name, tuple(t.shape), t.dtype) for name, t in state.items())
-    beside = getattr(module, "beside_bytes", 0)
     return repr(module), weights, held, tuple(x.shape), x.dtype, beside
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from espalier.compress.calls import Call
+from espalier.compress.calls import Call, Shape
+from espalier.costs.rows import Rows
 
 
 class AsCalled(nn.Module):
@@ -78,6 +79,14 @@ def main_tensor(call: Call) -> Tensor:
     """The tensor that a call is about: its first of floating numbers, or its first."""
     tensors = [t for t in tree_leaves((call.args, dict(call.kwargs))) if isinstance(t, Tensor)]
     return next((t for t in tensors if t.is_floating_point()), tensors[0])
+
+
+def fed(module: nn.Module, shape: Shape, dim: int = 0) -> tuple[nn.Module, Shape]:
+    """A module and its input's shape at batch 1 -> a piece and its input's shape without the batch.
+
+    `dim` is where the batch stands; other rows beside it stay in the piece's input.
+    """
+    return (module, shape[1:]) if shape[:1] in ((), (1,)) else (Rows(module, dim), shape)
 
 
 def borrowed(module: nn.Module, names: Sequence[str]) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from espalier.compress.calls import Call, Pass, Shape, Value
 from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.divided import Layers
+from espalier.compress.pieces.standing import fed
 from espalier.costs.turn import Turn
 from espalier.space import Option
 
@@ -70,7 +71,7 @@ class Turns:
         whole = self._whole(source, candidate)
         if all(self._whole(other, candidate) == whole for other in others):
             return None
-        return Turn(), self._shape(place, candidate)
+        return fed(Turn(), self._shape(place, candidate))
 
     # --- where ---------------------------------------------------------------------------------
 
@@ -142,8 +143,9 @@ class Turns:
             call = self._calls[path]
             layer: Any
             layer, taken = self._sliced(path, call.shape, candidate)
-            made = () if layer is None else (int(layer.out_channels), *call.out_shape[2:])
-            self._known[key] = None if layer is None or taken is None else (taken[1:], made)
+            rows, _, *places = call.out_shape
+            made = () if layer is None else (rows, int(layer.out_channels), *places)
+            self._known[key] = None if layer is None or taken is None else (taken, made)
         return self._known[key]
 
     def _whole(self, path: str, candidate: Choices) -> bool:

@@ -8,21 +8,30 @@ shape is looked up on a model built with the few decisions that change it.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from espalier.compress.calls import Call, Pass, Shape, follow
+from espalier.compress.calls import Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.beside import Beside
 from espalier.compress.pieces.divided import Division, Piece, places_of, told
-from espalier.compress.pieces.standing import AsCalled, Held, borrowed, emptied, main_tensor, tied
+from espalier.compress.pieces.run import Run, batch_dims
+from espalier.compress.pieces.standing import (
+    AsCalled,
+    Held,
+    borrowed,
+    emptied,
+    fed,
+    main_tensor,
+    tied,
+)
 from espalier.compress.pieces.turns import Turns
+from espalier.costs.rows import Rows
 from espalier.errors import SpaceError, unknown
 from espalier.space import Decision, Option
 
@@ -58,14 +67,15 @@ class Units:
         self._original = {d.name: d.options[-1] for cut in cuts for d in cut.decisions}
         self._layers = [cut.layers() for cut in cuts]
         self._tied = tied(model)
-        self._runs: OrderedDict[tuple[Any, ...], _Run] = OrderedDict()
+        self._runs: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
         self._shapes: dict[tuple[Any, ...], dict[tuple[str, int], Shape]] = {}
         self._made: dict[str, list[Shape]] = {}
         run = follow(model, example)
         self._pieces = {p.name: p for p in Division(model, run, self._layers).pieces}
+        self._batch_dims = batch_dims(model, example, self._pieces.values())
         for piece in self._pieces.values():
             piece.decisions |= self._claims(piece)
-        self._probe(_Run(model, example))
+        self._probe(Run(model, example))
         widths = [d for d in self._shaping() if isinstance(d.options[-1], int)]
         self._beside = Beside(
             run,
@@ -101,7 +111,9 @@ class Units:
         beside = self._beside.bytes(piece, candidate) if found else 0
         if found is None or not beside:
             return found
-        carrier: Any = nn.Sequential(found[0])  # the module itself may be the model's own
+        carrier: Any = found[0]
+        if not isinstance(carrier, Rows):  # the module itself may be the model's own
+            carrier = nn.Sequential(carrier)
         carrier.beside_bytes = beside
         return carrier, found[1]
 
@@ -126,7 +138,7 @@ class Units:
             for name in names
         }
 
-    def _probe(self, original: _Run) -> None:
+    def _probe(self, original: Run) -> None:
         """Adds what changes the inputs of pieces that do not tell them, found by changing each."""
         silent = [p for p in self._pieces.values() if not self._tells(p)]
         if not silent:
@@ -168,7 +180,8 @@ class Units:
             found.append(self._own(layer, path, piece.turn > 0))
         if not found or shape is None:
             return None
-        return (found[0] if len(found) == 1 else nn.Sequential(*found)), shape[1:]
+        module = found[0] if len(found) == 1 else nn.Sequential(*found)
+        return fed(module, shape, self._batch_dims.get(piece.name, 0))
 
     def _sliced(
         self, path: str, shape: Shape, candidate: Choices, without: Sequence[str] = ()
@@ -215,10 +228,11 @@ class Units:
         if call is None or emptied(self._model.get_submodule(piece.paths[0]), call.module):
             return None
         module = self._own(call.module, piece.paths[0], piece.turn > 0)
+        dim = self._batch_dims.get(piece.name, 0)
         if call.single:
-            return module, call.shape[1:]
+            return fed(module, call.shape, dim)
         x = main_tensor(call)
-        return AsCalled(module, call.args, call.kwargs, x), tuple(x.shape[1:])
+        return fed(AsCalled(module, call.args, call.kwargs, x), tuple(x.shape), dim)
 
     def _held(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
         path = piece.paths[0]
@@ -238,63 +252,11 @@ class Units:
     def _key(self, choices: Choices) -> tuple[Any, ...]:
         return tuple(sorted((n, c) for n, c in choices.items() if c != self._original[n]))
 
-    def _run(self, choices: Choices) -> _Run:
+    def _run(self, choices: Choices) -> Run:
         key = self._key(choices)
         if key not in self._runs:
             while len(self._runs) >= _KEPT:
                 self._runs.popitem(last=False)
-            self._runs[key] = _Run(self._build(choices), self._example)
+            self._runs[key] = Run(self._build(choices), self._example)
         self._runs.move_to_end(key)
         return self._runs[key]
-
-
-class _Run:
-    """A model that runs once, when its calls are asked for."""
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self.model, self._example = model, example
-
-    @cached_property
-    def _calls(self) -> dict[tuple[str, int], Call]:
-        return _by_turn(follow(self.model, self._example, steps=False))
-
-    def made(self) -> list[Shape]:
-        """The shapes of what every operation makes."""
-        whole = follow(self.model, self._example)
-        self._calls = _by_turn(whole)
-        return [step.out_shape for step in whole.steps]
-
-    def call(self, piece: Piece) -> Call | None:
-        """The call that a piece is."""
-        return self._calls.get((piece.paths[0], piece.turn))
-
-    def shapes(self) -> dict[tuple[str, int], Shape]:
-        """The input's shape of each call."""
-        return {key: call.shape for key, call in self._calls.items()}
-
-    def looks(self, piece: Piece) -> list[Shape] | None:
-        """The shapes of all that a piece takes and holds; None where it is not there."""
-        try:
-            module = self.model.get_submodule(piece.paths[0])
-        except AttributeError:
-            return None
-        if piece.kind == "held":
-            return [tuple(t.shape) for t in module.state_dict().values()]
-        call = self.call(piece)
-        if call is None:
-            return None
-        taken = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
-        shapes = [tuple(t.shape) for t in taken]
-        if piece.kind == "call":
-            shapes += [tuple(t.shape) for t in module.state_dict().values()]
-        return shapes
-
-
-def _by_turn(run: Pass) -> dict[tuple[str, int], Call]:
-    """The calls by their module's path and which of its calls it is."""
-    found: dict[tuple[str, int], Call] = {}
-    turns: Counter[str] = Counter()
-    for call in run.calls:
-        found[call.path, turns[call.path]] = call
-        turns[call.path] += 1
-    return found

@@ -1,0 +1,175 @@
+"""Pieces whose input is more than one row for each of the network's, and more than their own width."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.compress import Bits, Pretrained, Widths
+from espalier.costs import Counts, OnnxRuntime, count
+from espalier.costs.context import Stopwatch
+from espalier.costs.pieces import pieces_of
+from espalier.costs.turn import Turn
+from espalier.export import to_onnx
+
+
+class Tokens(nn.Module):
+    """Tokens folded into the batch before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        return self.b(F.relu(self.a(x.reshape(b * n, c)))).view(b, n, 5)
+
+
+class Windowed(nn.Module):
+    """Attention called on (windows * batch, places, channels), with what tells the windows apart."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 4, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1)
+        windows = len(mask)
+        scores = scores.view(b // windows, windows, 4, n, n) + mask[:, None]
+        return self.proj((scores.view(b, 4, n, n).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Windows(nn.Module):
+    """A block of a network of windows, as Swin's."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.conv, self.attn = nn.Conv2d(3, width, 1), Windowed(width)
+        self.head = nn.Linear(width, 5)
+        self.register_buffer("mask", torch.zeros(16, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).permute(0, 2, 3, 1)
+        b, h, w, c = x.shape
+        cut = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        y = self.attn(cut, self.mask)
+        y = y.view(b, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return self.head((x + y).mean((1, 2)))
+
+
+class Frames(nn.Module):
+    """A network of images on each frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.d(F.relu(self.c(x.flatten(0, 1)))))
+        return self.head(y.mean((2, 3)).view(*x.shape[:2], -1).mean(1))
+
+
+class Turned(nn.Module):
+    """Tokens first, the batch behind, as torch's own transformers do by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x.transpose(0, 1)))).mean(0)
+
+
+FOLDED = {
+    "tokens": (Tokens, (6, 8), (Widths(multiple=4),)),
+    "windows": (Windows, (3, 8, 8), (Widths(multiple=4, least=0.5),)),
+    "frames": (Frames, (5, 3, 8, 8), (Widths(multiple=1),)),
+    "turned": (Turned, (6, 8), (Widths(multiple=4),)),
+}
+
+
+def family_of(name: str) -> Pretrained:
+    make, shape, cuts = FOLDED[name]
+    torch.manual_seed(0)
+    return Pretrained(make().eval(), torch.randn(2, *shape), cuts)
+
+
+def shapes_of(family: Pretrained) -> dict[str, tuple[int, ...]]:
+    return {u.name: family.unit(u.name, family.original)[1] for u in family.units()}
+
+
+def check_counts(family: Pretrained) -> None:
+    """The pieces' counts against those of built networks; whole networks are not looked up."""
+    rows = [family.space.corner(False), family.space.corner(True)]
+    codes = np.concatenate([*rows, family.space.sample(3, np.random.default_rng(0))])
+    got = Counts(family).estimate_codes(codes)
+    built = [count(family.build(c), family.example()) for c in family.space.decode(codes)]
+    for metric in ("macs", "params", "activation_bytes"):
+        assert got[metric].tolist() == [getattr(c, metric) for c in built], metric
+    assert type(pieces_of(family)).__name__ == "_Units"
+
+
+@pytest.mark.parametrize("name", sorted(FOLDED))
+def test_what_is_folded_into_the_batch_counts_as_often_as_it_runs(name: str) -> None:
+    check_counts(family_of(name))
+
+
+def test_a_piece_takes_all_the_rows_of_one_input() -> None:
+    assert shapes_of(family_of("tokens")) == {"a": (6, 8), "b": (6, 16)}
+    assert shapes_of(family_of("windows"))["attn"] == (16, 4, 16)
+    # the head's input has the batch alone in front
+    assert shapes_of(family_of("frames")) == {"c": (5, 3, 8, 8), "d": (5, 8, 8, 8), "head": (8,)}
+
+
+def test_pieces_of_many_rows_run_alone_in_onnx_runtime() -> None:
+    family = family_of("windows")
+    runtime = OnnxRuntime(seconds=0.001, precision=1, batch=3)
+    for unit in family.units():
+        module, shape = family.unit(unit.name, family.original)
+        x = torch.randn(3, *shape)
+        assert runtime.quick(to_onnx(module, x, fast=True), x).median_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "shape"),
+    [
+        ("tokens", "a", (2 * 6, 8)),
+        ("windows", "attn", (2 * 16, 4, 16)),
+        ("frames", "d", (2 * 5, 8, 8, 8)),
+        ("turned", "a", (6, 2, 8)),
+    ],
+)
+def test_pieces_are_timed_on_what_they_take_in_the_network(
+    name: str, piece: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[int, ...]] = []
+
+    def note(watch: Stopwatch, model: bytes, x: Tensor, least: float = 0.0) -> float:
+        timed.append(tuple(x.shape))
+        return 1.0
+
+    monkeypatch.setattr(Stopwatch, "_time", note)
+    family = family_of(name)
+    pieces = pieces_of(family)
+    parts = pieces.parts(family.space.corner(True))
+    made = {p.unit: p for part in parts for p in part.pieces}
+    Stopwatch(OnnxRuntime(batch=2)).piece(*pieces.make(made[piece]))
+    assert timed[0] == shape
+
+
+def test_numbers_turn_on_all_frames() -> None:
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, 3, 8, 8)
+    cuts = (Widths(multiple=4), Bits())
+    family = Pretrained(Frames().eval(), example, cuts, calibration=example)
+    candidate = {**family.original, "bits:c": 8}
+    found = [family.unit(u.name, candidate) for u in family.units() if " to " in u.name]
+    (turn, shape) = next(f for f in found if f is not None)
+    assert isinstance(turn.module, Turn)
+    assert shape == (5, 8, 8, 8)
