@@ -136,6 +136,52 @@ def test_pieces_of_many_rows_run_alone_in_onnx_runtime() -> None:
         assert runtime.quick(to_onnx(module, x, fast=True), x).median_ms > 0
 
 
+class Mixer(nn.Module):
+    """Layers over tokens: how many channels there are is no size of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.along, self.back = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.mlp, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.back(F.gelu(self.along(self.norm(x).transpose(1, 2))))
+        return self.head(F.relu(self.mlp(x + y.transpose(1, 2))))
+
+
+class Alone(nn.Module):
+    """Each channel a signal of its own: channels are folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.along = nn.Linear(8, 8), nn.Linear(6, 12)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).transpose(1, 2)
+        y = F.relu(self.along(x.reshape(-1, 6)))
+        return self.head(y.view(*x.shape[:2], 12).mean(2))
+
+
+@pytest.mark.parametrize("make", [Mixer, Alone])
+def test_channels_beside_a_layers_own_are_those_that_are_left(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    family = Pretrained(make().eval(), torch.randn(2, 6, 8), (Widths(multiple=2),))
+    widths = [{**family.original, "width:first": width} for width in (8, 4, 2)]
+    assert [family.unit("along", c)[1] for c in widths] == [(8, 6), (4, 6), (2, 6)]
+    check_counts(family)
+
+
+def test_a_chain_of_layers_is_looked_at_and_no_model_is_kept_for_that() -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1))
+    family = Pretrained(chain.eval(), torch.randn(2, 3, 4, 4), (Widths(multiple=4),))
+    family.units()
+    assert set(family._units._made) == {"width:0", "width:2"}
+    assert not family._units._runs
+
+
 @pytest.mark.parametrize(
     ("name", "piece", "shape"),
     [

@@ -21,7 +21,8 @@ Layers = Mapping[str, tuple[str, ...]]
 class Piece:
     """`chain`: leaf layers one after the other; `call`: one module with what it was called with;
     `held`: weights that belong to no layer's call. `turn`: which of its module's calls it is;
-    `calls`: their places in the pass."""
+    `calls`: their places in the pass; `moving`: the decisions that change its input's shape beside
+    what its first layer tells of it."""
 
     kind: str
     paths: list[str]
@@ -29,6 +30,7 @@ class Piece:
     shapes: list[Shape] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     decisions: set[str] = field(default_factory=set)
+    moving: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -144,6 +146,20 @@ def told(layer: nn.Module, shape: Shape, places: tuple[int, ...] | None) -> Shap
     found = list(shape)
     for place, size in zip(places, sizes[1], strict=True):
         found[place] = size
+    return tuple(found)
+
+
+def others(shape: Shape, places: tuple[int, ...]) -> Shape:
+    """An input's shape without a layer's own sizes at these places."""
+    own = {place % len(shape) for place in places}
+    return tuple(size for i, size in enumerate(shape) if i not in own)
+
+
+def joined(own: Shape, other: Shape, places: tuple[int, ...]) -> Shape:
+    """The sizes of `own` at these places, those of `other` elsewhere."""
+    found = list(other)
+    for place in places:
+        found[place] = own[place]
     return tuple(found)
 
 

@@ -40,6 +40,12 @@ class Run:
         """The input's shape of each call."""
         return {key: call.shape for key, call in self._calls.items()}
 
+    def taken(self, piece: Piece) -> Shape:
+        """The shape of what a piece that is there takes."""
+        call = self.call(piece)
+        assert call is not None
+        return call.shape
+
     def looks(self, piece: Piece) -> list[Shape] | None:
         """The shapes of all that a piece takes and holds; None where it is not there."""
         try:

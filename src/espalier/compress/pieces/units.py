@@ -9,7 +9,7 @@ shape is looked up on a model built with the few decisions that change it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from espalier.compress.calls import Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.beside import Beside
-from espalier.compress.pieces.divided import Division, Piece, places_of, told
+from espalier.compress.pieces.divided import Division, Piece, joined, others, places_of, told
 from espalier.compress.pieces.run import Run, batch_dims
 from espalier.compress.pieces.standing import (
     AsCalled,
@@ -139,16 +139,22 @@ class Units:
         }
 
     def _probe(self, original: Run) -> None:
-        """Adds what changes the inputs of pieces that do not tell them, found by changing each."""
-        silent = [p for p in self._pieces.values() if not self._tells(p)]
-        if not silent:
-            return
-        for decision in self._shaping():
+        """Adds what changes the inputs of pieces beside what they tell, found by changing each."""
+        open_ = [p for p in self._pieces.values() if not self._tells_all(p)]
+        silent = any(self._places(p) is None for p in open_)
+        for decision in self._shaping() if open_ else ():
             self._makes(decision)  # the same run tells both
             run = self._run({decision.name: decision.options[0]})
-            for piece in silent:
-                if run.looks(piece) not in (None, original.looks(piece)):
+            for piece in open_:
+                if run.looks(piece) in (None, original.looks(piece)):
+                    continue
+                if (places := self._places(piece)) is None:
                     piece.decisions.add(decision.name)
+                elif others(run.taken(piece), places) != others(original.taken(piece), places):
+                    piece.decisions.add(decision.name)
+                    piece.moving.add(decision.name)
+            if not silent:
+                self._runs.clear()  # hardly anything is looked up on it again: room matters more
 
     def _makes(self, decision: Decision) -> list[Shape]:
         """The shapes of what every operation makes under a decision's first option."""
@@ -161,10 +167,16 @@ class Units:
         every = [d for cut in self._cuts for d in cut.decisions if d.count > 1]
         return [d for d in every if d.name.partition(":")[0] not in _SAME_SHAPES]
 
-    def _tells(self, piece: Piece) -> bool:
+    def _places(self, piece: Piece, place: int = 0) -> tuple[int, ...] | None:
+        """Where a layer of a chain tells its input's shape; None where it does not."""
         if piece.kind != "chain":
-            return False
-        return places_of(self._model.get_submodule(piece.paths[0]), piece.shapes[0]) is not None
+            return None
+        return places_of(self._model.get_submodule(piece.paths[place]), piece.shapes[place])
+
+    def _tells_all(self, piece: Piece) -> bool:
+        """Whether it tells its input's shape but the batch."""
+        places = self._places(piece)
+        return places is not None and others(piece.shapes[0], places) == (1,)
 
     # --- getting a piece -------------------------------------------------------------------------
 
@@ -176,7 +188,7 @@ class Units:
             if layer is None:
                 continue
             if not found:
-                shape = taken or self._looked_up(piece, i, candidate)
+                shape = self._input(piece, i, taken, candidate)
             found.append(self._own(layer, path, piece.turn > 0))
         if not found or shape is None:
             return None
@@ -211,11 +223,23 @@ class Units:
                 module = cut.slice(path, module, choices)
                 yield module
 
-    def _looked_up(self, piece: Piece, place: int, candidate: Choices) -> Shape | None:
-        """The input's shape of a layer that does not tell it, on a model built for it."""
+    def _input(
+        self, piece: Piece, place: int, taken: Shape | None, candidate: Choices
+    ) -> Shape | None:
+        """The input's shape of a layer: what it tells, or what is looked up, or some of both."""
+        places = self._places(piece, place)
+        if taken is None or places is None:
+            return self._looked_up(piece, place, piece.decisions, candidate)
+        looked = self._looked_up(piece, place, piece.moving, candidate) if piece.moving else None
+        return joined(taken, looked, places) if looked and len(looked) == len(taken) else taken
+
+    def _looked_up(
+        self, piece: Piece, place: int, names: Iterable[str], candidate: Choices
+    ) -> Shape | None:
+        """The input's shape of a layer on a model built for what these decisions are."""
         choices = {
             d: candidate.get(d, self._original[d])
-            for d in piece.decisions
+            for d in names
             if d.partition(":")[0] not in _SAME_SHAPES
         }
         key = self._key(choices)
