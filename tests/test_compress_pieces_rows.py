@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.compress import Bits, Pretrained, Widths
+from espalier.compress import Bits, Pretrained, Sparsity, Widths
+from espalier.compress.sparsity import StoredBytes, stored_bytes
 from espalier.costs import Counts, OnnxRuntime, count
 from espalier.costs.context import Stopwatch
 from espalier.costs.pieces import pieces_of
@@ -219,3 +220,40 @@ def test_numbers_turn_on_all_frames() -> None:
     (turn, shape) = next(f for f in found if f is not None)
     assert isinstance(turn.module, Turn)
     assert shape == (5, 8, 8, 8)
+
+
+class Twice(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(8, 8, bias=False), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.a(F.relu(self.a(x)))))
+
+
+class Tied(nn.Module):
+    """Two layers of one weight in a module that is one piece, as it multiplies on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) @ self.b(x).transpose(-2, -1)
+
+
+@pytest.mark.parametrize("make", [Twice, Tied])
+def test_zeros_of_a_weight_are_left_out_once(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    cuts = (Sparsity(patterns=(), shares=(0.25,)),)
+    family = Pretrained(make().eval(), torch.randn(2, 8, 8), cuts)
+    for name in family.space.names:
+        candidate = family.space.candidate({**family.original, name: 0.25})
+        network = family.build(candidate)
+        dense = count(network, family.example()).bytes
+        weights = [p for p in network.parameters() if p.dim() > 1]
+        saved = sum(4 * p.numel() - stored_bytes(p) for p in weights)
+        assert StoredBytes(family).estimate([candidate])["stored_bytes"][0] == dense - saved

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.costs.cost import Builder, CodeCost
-from espalier.costs.pieces import Piece, Terms, pieces_of
+from espalier.costs.pieces import Piece, Terms, UnitFamily, pieces_of
 from espalier.errors import EspalierError
 from espalier.problem import Metric, Metrics
 from espalier.space import Decision, Option, ordinal
@@ -180,6 +180,8 @@ class StoredBytes(CodeCost):
         self.family = family
         self.space = family.space
         self._pieces = pieces_of(family)
+        units = family.units() if isinstance(family, UnitFamily) else ()
+        self._again = {unit.name for unit in units if getattr(unit, "turn", 0)}
         self._known: dict[tuple[str, Any], float] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -201,6 +203,9 @@ class StoredBytes(CodeCost):
         if key not in self._known:
             module, _ = self._pieces.make(piece)
             layers: list[Any] = [m for m in module.modules() if type(m) in _SPARSE]
-            saved = sum(4 * m.weight.numel() - stored_bytes(m.weight) for m in layers)
+            weights = {id(m.weight): m.weight for m in layers}  # tied ones once
+            # the weights of a later call are those of the first, where they count
+            now = [] if piece.unit in self._again else weights.values()
+            saved = sum(4 * w.numel() - stored_bytes(w) for w in now)
             self._known[key] = float(piece.count.bytes - saved)
         return self._known[key]

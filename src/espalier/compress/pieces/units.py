@@ -44,10 +44,12 @@ Choices = Mapping[str, Option]
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece. Its module and its input's shape hang on `decisions` alone."""
+    """One piece. Its module and its input's shape hang on `decisions` alone. `turn`: which of its
+    module's calls it is, from 0; those after the first hold no weights."""
 
     name: str
     decisions: tuple[str, ...]
+    turn: int = 0
 
 
 class Units:
@@ -88,8 +90,9 @@ class Units:
         self._turns = Turns(run, cuts, self._layers, partial(self._sliced, without=_VALUES))
         order = {name: i for i, name in enumerate(self._original)}
         decided = {name: piece.decisions for name, piece in self._pieces.items()}
+        turns = {name: piece.turn for name, piece in self._pieces.items()}
         self._units = tuple(
-            Unit(name, tuple(sorted(decisions, key=order.__getitem__)))
+            Unit(name, tuple(sorted(decisions, key=order.__getitem__)), turns.get(name, 0))
             for name, decisions in (decided | self._turns.decisions).items()
         )
 
