@@ -257,3 +257,24 @@ def test_zeros_of_a_weight_are_left_out_once(make: type[nn.Module]) -> None:
         weights = [p for p in network.parameters() if p.dim() > 1]
         saved = sum(4 * p.numel() - stored_bytes(p) for p in weights)
         assert StoredBytes(family).estimate([candidate])["stored_bytes"][0] == dense - saved
+
+
+class Levels(nn.Module):
+    """One convolution for all levels with a norm for each, as in the heads of detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm in self.norms:
+            x = F.relu(norm(self.shared(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_norm_behind_a_shared_layer_holds_its_own_weights() -> None:
+    torch.manual_seed(0)
+    check_counts(Pretrained(Levels().eval(), torch.randn(2, 3, 8, 8), (Widths(multiple=2),)))

@@ -192,7 +192,8 @@ class Units:
                 continue
             if not found:
                 shape = self._input(piece, i, taken, candidate)
-            found.append(self._own(layer, path, piece.turn > 0))
+            # what follows a layer is not there for a second time where it holds weights
+            found.append(self._own(layer, path, piece.turn > 0 and i == 0))
         if not found or shape is None:
             return None
         module = found[0] if len(found) == 1 else nn.Sequential(*found)
