@@ -8,14 +8,15 @@ where a norm or a mean is taken over the channels: those groups must only run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.coupling.groups import Group, Scaled, cut
-from espalier.compress.coupling.labelling import evaluated, outputs
+from espalier.compress.coupling.groups import Group, Member, Scaled, cut
+from espalier.compress.coupling.trial import Trial, trial_of
+from espalier.compress.coupling.trial import close as close
 from espalier.compress.cut import Ignored
 
 SIZES = ("dim", "size", "channel", "feature", "embed", "width", "inner", "hidden", "planes")
@@ -28,41 +29,40 @@ def proven(
 
     What makes one group of a kind work is tried on all of its kind; then group by group.
     """
+    trial = trial_of(model, example)
     first = [next(_plans(model, group)) for group in groups]
-    if not _fault(model, example, first):
+    if not _fault(trial, first):
         return first, []
     tried: dict[tuple[str, ...], tuple[int, str]] = {}
     likely, ignored = [], []
     for group in groups:
         kind = _kind(model, group)
         if kind not in tried:
-            tried[kind] = _first_sound(model, example, group)
+            tried[kind] = _first_sound(trial, group)
         which, fault = tried[kind]
         if which < 0:
             ignored.append(Ignored(group.name, "width", fault))
         else:
             plans = list(_plans(model, group))
             likely.append(plans[min(which, len(plans) - 1)])
-    if not _fault(model, example, likely):
+    if not _fault(trial, likely):
         return likely, ignored
     sound: list[Group] = []
     for half in _halves(likely):
-        ignored += _added(model, example, sound, half)
+        ignored += _added(trial, sound, half)
     return sound, ignored
 
 
-def _added(
-    model: nn.Module, example: Tensor, sound: list[Group], more: Sequence[Group]
-) -> list[Ignored]:
+def _added(trial: Trial, sound: list[Group], more: Sequence[Group]) -> list[Ignored]:
     """Adds to `sound` the groups that can be cut beside it; the others, and why not. Few are at
     fault as a rule, so halves are tried before single groups."""
-    fault = _fault(model, example, [*sound, *more])
+    fault = _fault(trial, [*sound, *more])
     if not fault:
         sound += more
         return []
     if len(more) == 1:
         return [Ignored(more[0].name, "width", fault)]
-    return [row for half in _halves(more) for row in _added(model, example, sound, half)]
+    return [row for half in _halves(more) for row in _added(trial, sound, half)]
 
 
 def _halves(groups: Sequence[Group]) -> list[Sequence[Group]]:
@@ -78,11 +78,11 @@ def _kind(model: nn.Module, group: Group) -> tuple[str, ...]:
     return (str(group.heads), str(group.averaged), *sorted(parts))
 
 
-def _first_sound(model: nn.Module, example: Tensor, group: Group) -> tuple[int, str]:
+def _first_sound(trial: Trial, group: Group) -> tuple[int, str]:
     """The first plan with which a group can be cut alone; -1 and what is wrong where none is."""
     faults = []
-    for which, plan in enumerate(_plans(model, group)):
-        fault = _fault(model, example, [plan])
+    for which, plan in enumerate(_plans(trial.model, group)):
+        fault = _fault(trial, [plan])
         if not fault:
             return which, ""
         faults.append(fault)
@@ -140,7 +140,7 @@ def _owner(module: nn.Module) -> bool:
     return any(True for _ in module.children())
 
 
-def _fault(model: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
+def _fault(trial: Trial, groups: Sequence[Group]) -> str:
     """What is wrong with cutting all these groups to about half and three quarters, in one line;
     "" for nothing."""
     named = {g.name: g for g in groups}
@@ -148,13 +148,13 @@ def _fault(model: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
         for seed, share in enumerate((0.5, 0.75)):
             kept = _drawn(groups, share, seed)
             exact = {name: units for name, units in kept.items() if not named[name].averaged}
-            fault = _differs(model, example, named, exact)
+            fault = _differs(trial, named, exact)
             if fault:
                 return fault
             if len(exact) < len(kept):
-                _outputs(model, example, named, kept)
+                _outputs(trial, named, kept)
         moved = [g for g in groups if g.averaged]
-        return _moves(model, example, moved) if moved else ""
+        return _moves(trial, moved) if moved else ""
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         return f"a cut model does not run: {line[:150] or type(error).__name__}"
@@ -168,69 +168,66 @@ def _drawn(groups: Sequence[Group], share: float, seed: int) -> dict[str, Tensor
     }
 
 
-def _outputs(
-    model: nn.Module, example: Tensor, groups: dict[str, Group], kept: dict[str, Tensor]
-) -> list[Tensor]:
-    network = copy.deepcopy(model)
+def _outputs(trial: Trial, groups: dict[str, Group], kept: dict[str, Tensor]) -> list[Tensor]:
+    network = _copied(trial.model)
     cut(network, groups, kept)
-    with evaluated(network), torch.no_grad():
-        return outputs(network(example))
+    return trial.run(network)
 
 
-def _differs(
-    model: nn.Module, example: Tensor, groups: dict[str, Group], kept: dict[str, Tensor]
-) -> str:
+def _differs(trial: Trial, groups: dict[str, Group], kept: dict[str, Tensor]) -> str:
     if not kept:
         return ""
-    wanted = without(model, groups, kept)
-    with evaluated(wanted), torch.no_grad():
-        expected = outputs(wanted(example))
-    for a, b in zip(_outputs(model, example, groups, kept), expected, strict=True):
+    expected = trial.run(without(trial.model, groups, kept))
+    found = _outputs(trial, groups, kept)
+    for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape:
             return f"a cut model gives the shape {tuple(a.shape)} for {tuple(b.shape)}"
-        if not close(a, b):
-            return "a cut model computes something else than the original without these channels"
-    return ""
+    if trial.same(found, expected):
+        return ""
+    return "a cut model computes something else than the original without these channels"
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two outputs are the same up to rounding."""
-    if not a.is_floating_point() or not b.numel():
-        return True
-    margin = 10 * torch.finfo(a.dtype).eps ** 0.5 * b.abs().nan_to_num().max().item() + 1e-30
-    return torch.allclose(a, b, rtol=0, atol=margin, equal_nan=True)
-
-
-def _moves(model: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
+def _moves(trial: Trial, groups: Sequence[Group]) -> str:
     """Whether the model computes the same with the units of these groups in another order: what
     holds of coupled channels where means are taken over them, too."""
-    with evaluated(model), torch.no_grad():
-        expected = outputs(model(example))
-    moved = copy.deepcopy(model)
+    moved = _copied(trial.model, [m for group in groups for m in group.members])
     rng = torch.Generator().manual_seed(0)
     for group in groups:
         order = torch.randperm(group.units, generator=rng)
         for member in group.members:
-            tensor = getattr(moved.get_submodule(member.path), member.tensor).data
+            tensor = _tensor(moved, member).data
             rows, to = member.rows.flatten(), member.rows[order].flatten()
             tensor.index_copy_(member.dim, rows, tensor.index_select(member.dim, to))
-    with evaluated(moved), torch.no_grad():
-        found = outputs(moved(example))
-    if all(close(a, b) for a, b in zip(found, expected, strict=True)):
+    if trial.same(trial.run(moved), trial.given):
         return ""
     return "its channels are not alike: the model changes when they trade places"
 
 
 def without(model: nn.Module, groups: dict[str, Group], kept: dict[str, Tensor]) -> nn.Module:
-    """A copy of the model of full size in which nothing reads the units that go."""
-    network = copy.deepcopy(model)
+    """A copy of the model of full size in which nothing reads the units that go; what stays as it
+    was is shared with the model."""
+    readers = {name: _readers(groups[name]) for name in kept}
+    network = _copied(model, [m for some in readers.values() for m in some])
     for name, units in kept.items():
-        group = groups[name]
-        gone = torch.ones(group.units, dtype=torch.bool)
+        gone = torch.ones(groups[name].units, dtype=torch.bool)
         gone[units] = False
-        readers = [m for m in group.members if m.consumed] or list(group.members)
-        for member in readers:
-            tensor = getattr(network.get_submodule(member.path), member.tensor)
+        for member in readers[name]:
+            tensor = _tensor(network, member)
             with torch.no_grad():
                 tensor.index_fill_(member.dim, member.rows[gone].flatten().to(tensor.device), 0)
     return network
+
+
+def _readers(group: Group) -> list[Member]:
+    return [m for m in group.members if m.consumed] or list(group.members)
+
+
+def _tensor(model: nn.Module, member: Member) -> Tensor:
+    tensor: Tensor = getattr(model.get_submodule(member.path), member.tensor)
+    return tensor
+
+
+def _copied(model: nn.Module, members: Iterable[Member] = ()) -> nn.Module:
+    """A copy that shares all parameters with the model but those of `members`."""
+    own = {id(_tensor(model, member)) for member in members}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
