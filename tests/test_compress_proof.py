@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.compress import Widths
+from espalier.compress import Pretrained, Widths
 from espalier.compress.coupling.proof import close
 from espalier.compress.coupling.trial import trial_of
+from espalier.costs import Counts, count
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Spatial(nn.Module):
@@ -119,3 +122,75 @@ def test_what_is_infinite_hides_no_difference() -> None:
     a = torch.tensor([1.0, float("-inf"), float("inf")])
     assert close(a, a)
     assert not close(a, torch.tensor([2.0, float("-inf"), float("inf")]))
+
+
+class Attending(nn.Module):
+    """Attention that gives its weights, too; its width must be that of its input."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, n, c = x.shape
+        parts = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c)), weights
+
+
+class Weighted(nn.Module):
+    """The mean over heads of the attention's weights scales its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.out = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 5)
+        self.attend = Attending()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y, weights = self.attend(self.norm(x))
+        return self.out(x + y) * weights.mean()
+
+
+def test_means_over_heads_and_channels_hide_no_shape_that_fits_by_chance() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 8)
+    family = Pretrained(Weighted(), x, (Widths(multiple=1),))
+    assert len(family.space.decisions) == 2
+    rows = family.space.sample(12, np.random.default_rng(0))
+    costs = Counts(family).estimate_codes(rows)
+    for i, candidate in enumerate(family.space.decode(rows)):
+        network = family.build(candidate)
+        assert network(torch.randn(3, 9, 8)).shape == (3, 9, 5)
+        assert costs["macs"][i] == count(network, family.example()).macs
+
+
+class Tempered(nn.Module):
+    """A scale from the width of the stream that is nothing where few channels are left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.shape[-1] // 4) ** -0.5
+
+
+def test_groups_that_cannot_be_cut_to_the_least_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), Tempered(), nn.Linear(16, 12))
+    bound = Widths(multiple=1).bind(nn.Sequential(*model, nn.ReLU(), nn.Linear(12, 3)), TOKENS)
+    assert list(bound.groups) == ["3"]
+    assert [i.layer for i in bound.ignored if "negative power" in i.reason] == ["0"]
+
+
+def test_groups_that_shorten_the_output_are_left_alone() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.out = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x))
+            return self.out(x[:, : x.shape[-1] // 3])
+
+    bound = Widths(multiple=1).bind(Block(), TOKENS)
+    assert not bound.groups
