@@ -46,6 +46,11 @@ def _without(tensor: Tensor, dims: dict[int, Tensor]) -> Tensor:
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
+# numbers of these names, as torch's own layers have them, are sizes of the module's tensors
+_COUNTS = ("in_features", "out_features", "in_channels", "out_channels", "num_features",
+           "num_channels", "num_parameters", "embedding_dim")  # fmt: skip
+
+
 def _conv(m: nn.Module) -> None:
     assert isinstance(m, nn.modules.conv._ConvNd)
     shape = m.weight.shape
@@ -103,28 +108,40 @@ _RESIZE: dict[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module
 
 
 def _resize_other(module: nn.Module, before: dict[str, tuple[int, ...]]) -> None:
-    """A module of the user's: numbers that can only be the size of a dim that was cut."""
-    weight = module._parameters.get("weight")
-    if weight is not None and weight.dim() == 2 and {"nx", "nf"} <= set(vars(module)):
-        module.nx, module.nf = weight.shape  # type: ignore[assignment]  # GPT-2's transposed linear
+    """A module of the user's: shapes, and numbers of torch's names, of a dim that was cut."""
+    transposed = _transposed(module)
+    if transposed is not None:
+        module.nx, module.nf = transposed.shape  # type: ignore[assignment]
         return
     changed: dict[int, set[int]] = {}
     for name, shape in before.items():
         for old, new in zip(shape, getattr(module, name).shape, strict=True):
             changed.setdefault(old, set()).add(new)
-    found: dict[int, list[str]] = {}
-    for name, value in vars(module).items():
+    for name, value in list(vars(module).items()):
         size = _size(value)
-        if len(changed.get(size, ())) == 1:
-            found.setdefault(size, []).append(name)
-    for size, names in found.items():
-        # as many channels a head as heads: a tensor of the module's own has a row a head
-        for name in [n for n in names if "head" in n and "dim" not in n] or names:
-            value, new = getattr(module, name), next(iter(changed[size]))
-            if isinstance(value, (tuple, list)):
-                setattr(module, name, type(value)(new if n == size else n for n in value))
-            else:
-                setattr(module, name, new)
+        if len(changed.get(size, ())) != 1 or (type(value) is int and name not in _COUNTS):
+            continue
+        new = next(iter(changed[size]))
+        if isinstance(value, (tuple, list)):
+            setattr(module, name, type(value)(new if n == size else n for n in value))
+        else:
+            setattr(module, name, new)
+
+
+def unsure(module: nn.Module) -> dict[str, int]:
+    """A module's numbers above 1 that `narrow` leaves alone: each may be the size of a dim, or as
+    large by chance, as a longest input."""
+    if isinstance(module, tuple(_RESIZE)) or _transposed(module) is not None:
+        return {}
+    numbers = {name: value for name, value in vars(module).items() if type(value) is int}
+    return {name: value for name, value in numbers.items() if value > 1 and name not in _COUNTS}
+
+
+def _transposed(module: nn.Module) -> Tensor | None:
+    """The weight of GPT-2's transposed linear layer."""
+    weight = module._parameters.get("weight")
+    found = weight is not None and weight.dim() == 2 and {"nx", "nf"} <= set(vars(module))
+    return weight if found else None
 
 
 def _size(value: Any) -> int:

@@ -8,20 +8,19 @@ where a norm or a mean is taken over the channels: those groups must only run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from espalier.compress.coupling.groups import Group, Member, Scaled, cut
+from espalier.compress.coupling.groups import Group, Member, cut
+from espalier.compress.coupling.plans import kind_of, own_numbers, plans
 from espalier.compress.coupling.trial import Trial, trial_of
 from espalier.compress.coupling.trial import close as close
 from espalier.compress.cut import Ignored
 
 SHARES = (0.5, 0.75)
 LEAST = 8  # the least share that widths leave by default is one in so many
-SIZES = ("dim", "size", "channel", "feature", "embed", "width", "inner", "hidden", "planes")
 
 
 def proven(
@@ -32,21 +31,21 @@ def proven(
     What makes one group of a kind work is tried on all of its kind; then group by group.
     """
     trial = trial_of(model, example)
-    first = [next(_plans(model, group)) for group in groups]
-    if not _fault(trial, first):
+    first = [next(plans(model, group)) for group in groups]
+    if not _fault(trial, first) and not _doubtful(trial, first):
         return first, []
     tried: dict[tuple[str, ...], tuple[int, str]] = {}
     likely, ignored = [], []
     for group in groups:
-        kind = _kind(model, group)
+        kind = kind_of(model, group)
         if kind not in tried:
             tried[kind] = _first_sound(trial, group)
         which, fault = tried[kind]
         if which < 0:
             ignored.append(Ignored(group.name, "width", fault))
         else:
-            plans = list(_plans(model, group))
-            likely.append(plans[min(which, len(plans) - 1)])
+            found = list(plans(model, group))
+            likely.append(found[min(which, len(found) - 1)])
     if not _fault(trial, likely):
         return likely, ignored
     sound: list[Group] = []
@@ -73,73 +72,42 @@ def _halves(groups: Sequence[Group]) -> list[Sequence[Group]]:
     return [half for half in (groups[:middle], groups[middle:]) if half]
 
 
-def _kind(model: nn.Module, group: Group) -> tuple[str, ...]:
-    """Groups of one kind have the same parts in the same sorts of modules."""
-    modules = [(model.get_submodule(m.path.rpartition(".")[0]), m) for m in group.members]
-    parts = {f"{type(p).__name__}.{m.path.rpartition('.')[2]}.{m.tensor}" for p, m in modules}
-    return (str(group.heads), str(group.averaged), *sorted(parts))
-
-
 def _first_sound(trial: Trial, group: Group) -> tuple[int, str]:
-    """The first plan with which a group can be cut alone; -1 and what is wrong where none is."""
-    faults = []
-    for which, plan in enumerate(_plans(trial.model, group)):
+    """The first plan with which a group can be cut alone, best one that is not doubtful; -1 and
+    what is wrong where none is."""
+    faults, doubtful = [], []
+    for which, plan in enumerate(plans(trial.model, group)):
         fault = _fault(trial, [plan])
-        if not fault:
+        if fault:
+            faults.append(fault)
+        elif _doubtful(trial, [plan]):
+            doubtful.append(which)
+        else:
             return which, ""
-        faults.append(fault)
-    return -1, faults[0]
+    return (doubtful[0], "") if doubtful else (-1, faults[0])
 
 
-def _plans(model: nn.Module, group: Group) -> Iterator[Group]:
-    """The group with the likely sets of numbers that follow it, the likeliest first."""
-    every, sizes = _numbers(model, group)
-    heads = [n for n in every if "group" not in n.name]  # queries per key: seldom changes
-    mine = [n for n in heads if "." not in n.name], [n for n in sizes if "." not in n.name]
-    plans = [[], mine[1], mine[0], mine[0] + mine[1], heads, heads + sizes]
-    if group.heads:
-        plans = [mine[0], [], mine[0] + mine[1], mine[1], heads, every, heads + sizes]
-    seen: list[list[Scaled]] = []
-    for plan in plans:
-        if plan not in seen:
-            seen.append(plan)
-            yield replace(group, numbers=(*group.numbers, *plan))
-
-
-def _numbers(model: nn.Module, group: Group) -> tuple[list[Scaled], list[Scaled]]:
-    """Whole numbers on the modules around a group's layers: counts of heads, counts of channels."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    paths = {path for m in group.members for path, _ in m.owners}
-    around = sorted(
-        {p.rpartition(".")[0] for p in paths if p} | {p for p in paths if _owner(modules[p])}
-    )
-    # one place a head, as in a bias by heads, counts heads and no channels
-    wide = [m for m in group.members if m.rows.shape[1] > 1 or not group.heads]
-    totals = {m.rows.numel() for m in wide}
-    heads, sizes = [], []
-    for path in around:
-        for name, value in _whole_numbers(modules[path]):
-            if ("head" in name or name.endswith("_groups")) and not any(
-                s in name for s in ("dim", "size")
-            ):
-                if value % group.units == 0:
-                    heads.append(Scaled(path, name, value))
-            elif value in totals and any(s in name for s in SIZES):
-                sizes.append(Scaled(path, name, value))
-    return heads, sizes
-
-
-def _whole_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """A module's numbers above 1, and those of its configuration."""
-    config = getattr(module, "config", None)
-    for prefix, holder in (("", module), ("config.", config)):
-        for name, value in getattr(holder, "__dict__", {}).items():
-            if type(value) is int and not name.startswith("_") and value > 1:
-                yield prefix + name, value
-
-
-def _owner(module: nn.Module) -> bool:
-    return any(True for _ in module.children())
+def _doubtful(trial: Trial, groups: Sequence[Group]) -> bool:
+    """Whether a number may have to follow although the cut model runs: the divisor of a mean by
+    hand. Then a half is not as the whole of two such halves, whose readers take half of each."""
+    averaged = {g.name: g for g in groups if g.averaged}
+    if not any(own_numbers(trial.model, g) for g in averaged.values()):
+        return False
+    repeated = _copied(trial.model, [m for g in averaged.values() for m in g.members])
+    part = {}
+    for name, group in averaged.items():
+        times = next(t for t in range(2, group.units + 1) if group.units % t == 0)
+        part[name] = torch.arange(group.units // times)
+        for member in group.members:
+            tensor, rows = _tensor(repeated, member).data, member.rows[part[name]]
+            values = tensor.index_select(member.dim, rows.flatten())
+            for places in member.rows.chunk(times):
+                copied = values / times if member.consumed else values
+                tensor.index_copy_(member.dim, places.flatten(), copied)
+    try:
+        return not trial.same(_outputs(trial, averaged, part), trial.run(repeated))
+    except Exception:
+        return True
 
 
 def _fault(trial: Trial, groups: Sequence[Group]) -> str:
