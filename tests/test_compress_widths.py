@@ -466,13 +466,14 @@ def test_what_can_not_be_cut_is_left_alone_and_said() -> None:
     assert "output" in reasons["c"]
     assert {i.kind for i in bound.ignored} == {"width"}
 
-    class Hard(nn.Module):  # a size written into the code
+    class Hard(nn.Module):  # a size written into code that can't be traced
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x).reshape(-1, 8, 4).mean(-1))
+            x = self.a(x)
+            return self.b(x.reshape(-1, 8 if x.norm() >= 0 else x.shape[1], 4).mean(-1))
 
     bound = Widths().bind(Hard(), torch.randn(2, 3, 2, 2))
     assert not bound.groups

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.attention import Attention
-from espalier.compress.coupling.discovery import Written, discover
+from espalier.compress.coupling.discovery import Retold, discover
 from espalier.compress.coupling.groups import Group, cut, kept_rows, set_number
 from espalier.compress.coupling.labelling import evaluated
 from espalier.compress.coupling.sizes import resize, traced
@@ -138,7 +138,7 @@ class BoundWidths(BoundCut):
     decisions: tuple[Decision, ...] = ()
     ignored: tuple[Ignored, ...] = ()
     ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    traced: Mapping[str, Written] = field(default_factory=dict)
+    traced: Mapping[str, Retold] = field(default_factory=dict)
 
     def with_scores(self, given: Mapping[str, Tensor]) -> BoundWidths:
         """The same groups with their units in another order; groups without scores keep theirs.
@@ -174,11 +174,10 @@ class BoundWidths(BoundCut):
     def apply(self, model: nn.Module, choices: Mapping[str, Option]) -> None:
         """Cut a deep copy of the bound model in place, to the chosen numbers of units."""
         kept = self.kept(choices)
-        touched = {path for name in kept for m in self.groups[name].members for path, _ in m.owners}
-        for path, sizes in self.traced.items():
-            if any(p == path or p.startswith(f"{path}.") for p in touched):
+        for path, retold in self.traced.items():
+            if not retold.groups.isdisjoint(kept):
                 graph = traced(model.get_submodule(path))
-                resize(graph, sizes)
+                resize(graph, retold.sizes)
                 put(model, path, graph)
         cut(model, self.groups, kept)
 

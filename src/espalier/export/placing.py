@@ -16,6 +16,10 @@ def places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module at a path, and under every other name that the one before it had."""
+    """Puts a module at a path, and under every other name that the one before it had; at "" the
+    model itself becomes that module."""
+    if not path:
+        model.__class__, model.__dict__ = type(module), module.__dict__
+        return
     for holder, name in places(model, model.get_submodule(path)):
         holder._modules[name] = module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,33 +24,64 @@ Written = tuple[tuple[SizeRead, int], ...]  # sizes in a graph, and their number
 
 
 @dataclass(frozen=True)
+class Retold:
+    """A module to be traced into a graph before any of these groups is cut, and the sizes to be
+    written into the graph. For other groups the user's own forward does."""
+
+    sizes: Written
+    groups: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Found:
     """Groups that can be cut; the layers left alone; the groups in the shape of each leaf layer's
-    inputs and outputs; and the modules to be
-    traced into graphs before they are cut, with the sizes to be written into those."""
+    inputs and outputs; and the modules, by path, that are traced for some of the groups."""
 
     groups: Mapping[str, Group]
     ignored: tuple[Ignored, ...]
     ends: Mapping[str, tuple[str, ...]]
-    traced: Mapping[str, Written] = field(default_factory=dict)
+    traced: Mapping[str, Retold] = field(default_factory=dict)
 
 
 def discover(model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]) -> Found:
     """The groups of a model; those for which `unwanted` gives a reason are left alone.
 
     Where a cut model fails because a block writes sizes of its input into its shapes, the block is
-    traced into a graph in which such sizes can follow. Errors: `EspalierError` as of `followed`.
+    traced into a graph in which such sizes can follow: the innermost blocks first, then those
+    around them, up to the model itself. Errors: `EspalierError` as of `followed`.
     """
     model = seen(model)
     found, failed = _look(model, example, unwanted)
-    paths = _blocks(model, failed)
-    if not paths:
-        return found
-    twin, changed = _traced(model, example, paths)
-    if not changed:
-        return found
-    second, _ = _look(twin, example, unwanted, changed)
-    return second if len(second.groups) > len(found.groups) else found
+    tried: set[str] = set()
+    for blocks in (_blocks, _around):
+        paths = [p for p in blocks(failed) if not _within_graph(model, p)]
+        if tried.issuperset(paths):
+            continue
+        tried.update(paths)
+        twin, changed = _traced(model, example, sorted({*paths, *found.traced}))
+        if not found.traced.keys() >= set(changed):
+            second, left = _look(twin, example, unwanted, changed)
+            if len(second.groups) > len(found.groups):
+                found, failed = replace(second, traced=_wanted(found, second)), left
+    return found
+
+
+def _wanted(first: Found, second: Found) -> dict[str, Retold]:
+    """For which groups each module is traced: those around it that only then can be cut, or that
+    are cut otherwise then."""
+    changed = [g for g in second.groups.values() if _cuts(first.groups.get(g.name)) != _cuts(g)]
+    found = {}
+    for path, graph in second.traced.items():
+        before = first.traced[path].groups if path in first.traced else frozenset()
+        names = {g.name for g in changed if any(path in _above(p) for p in _holders(g))}
+        if graph.sizes and (before or names):
+            found[path] = replace(graph, groups=before | names)
+    return found
+
+
+def _cuts(group: Group | None) -> Any:
+    """What a cut of a group changes besides its members."""
+    return group and (group.numbers, {(s.path, s.node, s.place) for s in group.sizes})
 
 
 def _look(
@@ -76,7 +108,8 @@ def _look(
         for path, sides in trace.ends.items()
     }
     names = {i.layer for i in failed}
-    made = Found(named, tuple(ignored + failed), ends, written)
+    graphed = {path: Retold(sizes) for path, sizes in written.items()}
+    made = Found(named, tuple(ignored + failed), ends, graphed)
     return made, [g for g in wanted if g.name in names]
 
 
@@ -103,16 +136,34 @@ def _of(fields: Iterable[Tensor], of: Mapping[int, str]) -> Iterable[str]:
     return [of[x] for f in fields for x in np.unique(thin(f)[0].numpy()).tolist() if x in of]
 
 
-def _blocks(model: nn.Module, failed: Iterable[Group]) -> list[str]:
-    """The modules that hold the layers of groups that can't be cut as they are."""
-    parents = {p.rpartition(".")[0] for g in failed for m in g.members for p, _ in m.owners}
-    return sorted(p for p in parents if p and not _within_graph(model, p))
+def _blocks(failed: Iterable[Group]) -> set[str]:
+    """The modules that hold the layers of groups that can't be cut as they are, but the model."""
+    return {p for g in failed for p in _holders(g)} - {""}
+
+
+def _around(failed: Iterable[Group]) -> set[str]:
+    """Those modules, and all around them up to the one that holds every layer of the group."""
+    found: set[str] = set()
+    for group in failed:
+        chains = [_above(p) for p in _holders(group)]
+        shared = set.intersection(*map(set, chains))
+        found |= {p for chain in chains for p in chain if p not in shared}
+        found.add(max(shared, key=len))
+    return found
+
+
+def _holders(group: Group) -> set[str]:
+    return {p.rpartition(".")[0] for m in group.members for p, _ in m.owners}
+
+
+def _above(path: str) -> list[str]:
+    """The path, and those of all modules around it: "" is the model."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def _within_graph(model: nn.Module, path: str) -> bool:
-    parts = path.split(".")
-    above = (".".join(parts[:i]) for i in range(len(parts) + 1))
-    return any(isinstance(model.get_submodule(p), fx.GraphModule) for p in above)
+    return any(isinstance(model.get_submodule(p), fx.GraphModule) for p in _above(path))
 
 
 def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Module, list[str]]:
@@ -122,7 +173,7 @@ def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Mod
     twin = copy.deepcopy(model)
     changed: list[str] = []
     for path in paths:
-        before = twin.get_submodule(path)
+        before = twin.get_submodule(path) if path else copy.copy(twin)
         if _plain(before):
             continue
         try:
