@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import math
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch.nn import functional as F
 
 from espalier.compress import Pretrained, Widths
 from espalier.compress.coupling.proof import without
+from espalier.compress.coupling.tracing import traced
 from espalier.export import to_onnx
+from espalier.testing.plain import check_plain
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -28,6 +32,16 @@ def cut(model: nn.Module, x: Tensor, *inputs: Tensor, **kept: int) -> nn.Module:
         for given in (x, *inputs):
             torch.testing.assert_close(network(given), wanted(given), rtol=1e-4, atol=1e-5)
     return network
+
+
+def filed(network: nn.Module) -> nn.Module:
+    """The network from a file that needs nothing of this package."""
+    file = io.BytesIO()
+    torch.save(network, file)
+    assert b"espalier" not in file.getvalue()
+    file.seek(0)
+    read: nn.Module = torch.load(file, weights_only=False)
+    return read
 
 
 class Tutorial(nn.Module):
@@ -130,3 +144,124 @@ def test_only_what_holds_a_size_that_changes_is_traced(
     network = cut(Around(), x, x[:1], **kept)
     graphs = [p for p, m in network.named_modules() if isinstance(m, fx.GraphModule)]
     assert graphs == paths
+
+
+class Masked(nn.Module):
+    """nanoGPT's attention: its mask is a buffer, of which it takes what the input's length asks."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.n_head, self.n_embd = heads, width
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.register_buffer("bias", torch.tril(torch.ones(32, 32)).view(1, 1, 32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        q = q.view(b, t, self.n_head, c // self.n_head).transpose(1, 2)
+        k = k.view(b, t, self.n_head, c // self.n_head).transpose(1, 2)
+        v = v.view(b, t, self.n_head, c // self.n_head).transpose(1, 2)
+        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        scores = scores.masked_fill(self.bias[:, :, :t, :t] == 0, float("-inf"))
+        y = (F.softmax(scores, -1) @ v).transpose(1, 2).contiguous().view(b, t, c)
+        return self.c_proj(y)
+
+
+class Language(nn.Module):
+    """A block of nanoGPT between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.place = nn.Parameter(torch.randn(1, 32, 16))
+        self.norm, self.attention = nn.LayerNorm(16), Masked(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.place[:, : x.shape[1]]
+        return self.out(x + self.attention(self.norm(x)))
+
+
+def test_attention_with_its_mask_in_a_buffer_loses_width_and_heads() -> None:
+    torch.manual_seed(0)
+    x, longer = torch.randn(2, 6, 8), torch.randn(3, 9, 8)
+    model = Language()
+    family = Pretrained(model, x, (Widths(multiple=1),))
+    # neither rows of the mask nor places, that a longer input reads
+    assert family.space.names == ("width:stem", "width:attention.c_attn")
+    network = cut(model, x, longer, attention__c_attn=3)
+    assert list(network.state_dict()) == list(model.state_dict())
+    check_plain(network)
+    for twin in (filed(network), copy.deepcopy(network)):
+        assert torch.equal(twin(longer), network(longer))
+        assert list(twin.state_dict()) == list(model.state_dict())
+    assert to_onnx(network, x)
+    assert family.build({**family.original, "width:stem": 8})(longer).shape == (3, 9, 5)
+
+
+class Dropped(nn.Module):
+    """Dropouts as timm and users write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.p = nn.Linear(8, 8), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.inner(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q, dropout_p=self.p if self.training else 0.0)
+        return F.dropout(y.transpose(1, 2).flatten(2), self.p, self.training)
+
+
+class Normed(nn.Module):
+    """A norm as a function, whose statistics are buffers; and another scale while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.mean, self.var, training=self.training)
+        return x * (0.5 if self.training else 2) + (1 - self.training)
+
+
+@pytest.mark.parametrize("make", [Dropped, Normed])
+def test_what_is_traced_trains_as_it_is_written(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    block, x = make().eval(), torch.randn(3, 6, 8)
+    graph = traced(copy.deepcopy(block))
+    for twin in (graph, filed(graph), copy.deepcopy(graph), traced(copy.deepcopy(block).train())):
+        own = copy.deepcopy(block)
+        for training in (True, False, True):
+            own.train(training)
+            twin.train(training)
+            torch.manual_seed(1)
+            wanted = own(x)
+            torch.manual_seed(1)
+            assert torch.equal(twin(x), wanted)
+        assert twin.state_dict().keys() == own.state_dict().keys()
+        assert all(torch.equal(v, own.state_dict()[k]) for k, v in twin.state_dict().items())
+    assert to_onnx(graph.eval(), x)
+    assert not any(module.training for module in block.modules())
+
+
+class Noisy(nn.Module):
+    """While it trains it does more; its weights are numbers of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("times", torch.tensor([1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + torch.randn_like(x)
+        return x * sum(self.times.tolist()) + self.times.sum()
+
+
+def test_what_does_more_while_it_trains_is_traced_as_it_evaluates() -> None:
+    block, x = Noisy().eval(), torch.randn(2, 3)
+    state, before = torch.get_rng_state(), dict(vars(block))
+    graph = traced(block)
+    assert torch.equal(graph(x), block(x))
+    assert torch.equal(graph.train()(x), block(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vars(block) == before

@@ -16,7 +16,8 @@ from espalier.compress.attention import Attention
 from espalier.compress.coupling.discovery import Retold, discover
 from espalier.compress.coupling.groups import Group, cut, kept_rows, set_number
 from espalier.compress.coupling.labelling import evaluated
-from espalier.compress.coupling.sizes import resize, traced
+from espalier.compress.coupling.sizes import resize
+from espalier.compress.coupling.tracing import traced
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.importance import KINDS, scores
 from espalier.compress.narrow import narrow

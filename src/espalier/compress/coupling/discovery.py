@@ -16,7 +16,8 @@ from espalier.compress.coupling.groups import Group, Scaled, grouped
 from espalier.compress.coupling.labelling import Trace, evaluated, followed, outputs
 from espalier.compress.coupling.labels import thin
 from espalier.compress.coupling.proof import close, proven
-from espalier.compress.coupling.sizes import SizeRead, resize, traced
+from espalier.compress.coupling.sizes import SizeRead, resize
+from espalier.compress.coupling.tracing import traced
 from espalier.compress.cut import Ignored
 from espalier.export.placing import put
 
@@ -63,7 +64,8 @@ def discover(model: nn.Module, example: Tensor, unwanted: Callable[[Group], str]
             second, left = _look(twin, example, unwanted, changed)
             if len(second.groups) > len(found.groups):
                 found, failed = replace(second, traced=_wanted(found, second)), left
-    return found
+    own = {path for path, _ in model.named_modules()}  # a graph may hold more
+    return replace(found, ends={p: names for p, names in found.ends.items() if p in own})
 
 
 def _wanted(first: Found, second: Found) -> dict[str, Retold]:
@@ -97,7 +99,7 @@ def _look(
         resize(model.get_submodule(path), sizes)  # type: ignore[arg-type]
     found, of, ignored = grouped(trace)
     shapes = _bare_norms(model, trace, of)
-    found = [replace(g, numbers=shapes.get(g.name, ())) for g in found]
+    found = [replace(g, numbers=shapes.get(g.name, ())) for g in found if _read(model, g)]
     reasons = {g.name: unwanted(g) for g in found}
     ignored += [Ignored(name, "width", why) for name, why in reasons.items() if why]
     wanted = [g for g in found if not reasons[g.name]]
@@ -115,6 +117,15 @@ def _look(
 
 def _written(trace: Trace, path: str) -> Written:
     return tuple((read, len(read.labels)) for read in trace.sizes if read.path == path)
+
+
+def _read(model: nn.Module, group: Group) -> bool:
+    """Whether something reads it: of a table of positions, or a mask, that a module slices itself,
+    an example reads some rows, and a longer input may read the others."""
+    one = group.members[0]
+    alone = len(group.members) == 1 and not one.consumed
+    holder = model.get_submodule(one.path)
+    return not alone or (_plain(holder) and not isinstance(holder, fx.GraphModule))
 
 
 def _bare_norms(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,44 +153,3 @@ def _forward(module: fx.GraphModule, path: str, watch: Watch) -> Any:
         return _Reading(module, path, watch).run(*args, *rest)
 
     return run
-
-
-class _OwnForward(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def traced(module: nn.Module) -> fx.GraphModule:
-    """A module's own forward as a graph, its children and their names as they were.
-
-    Children are called, not looked into: what is replaced in them later is what runs. Optional
-    arguments that are None by default stay None. Raises what torch.fx raises where it can't trace.
-    """
-    fixed = {
-        name: None
-        for name, p in inspect.signature(module.forward).parameters.items()
-        if p.default is None
-    }
-    with _lengths_followed(module):
-        graph = _OwnForward().trace(module, concrete_args=fixed or None)
-    for node in graph.nodes:
-        node.meta.clear()
-        node.type = None
-    return fx.GraphModule(module, graph, type(module).__name__).train(module.training)
-
-
-def _length(x: Any) -> Any:
-    return x.size(0) if isinstance(x, fx.Proxy) else len(x)
-
-
-@contextmanager
-def _lengths_followed(module: nn.Module) -> Iterator[None]:
-    """Inside, `len(x)` in the module's forward is a size of `x`, which torch.fx alone refuses."""
-    names: dict[str, Any] = getattr(type(module).forward, "__globals__", {})
-    before = {name: names[name] for name in ("len",) if name in names}
-    names["len"] = _length
-    try:
-        yield
-    finally:
-        del names["len"]
-        names.update(before)
