@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from espalier.compress.calls import Call, Pass
 from espalier.compress.cut import Ignored
-from espalier.export import deployed
-from espalier.export.placing import places
+from espalier.compress.left_out import Removal, part_of
 
 # of these zeros come out where zeros go in: they may stay in a branch that is left out
 _KEEP_ZERO = (
@@ -35,108 +31,23 @@ _ZERO_TO_ZERO |= {"mul", "div", "_to_copy", "clone", "native_dropout"}
 # methods that fold parallel branches into one layer, by the names that authors of such blocks use
 _FOLDING = ("reparameterize", "switch_to_deploy", "fuse", "fuse_convs", "merge_branches")
 _LINEAR = {"convolution", "native_batch_norm", "addmm", "mm", "add", "empty"}
-_NO_ATTENTION = {"batch_first": True, "in_proj_bias": None, "_qkv_same_embed_dim": False}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module to be replaced. `plain`: it is called with one tensor and gives one; otherwise the
-    first of `outputs` results is a tensor and the rest become None (0: no tuple). `attention`: it
-    is torch's own, at which torch's encoder layers look."""
-
-    path: str
-    plain: bool
-    outputs: int = 0
-    attention: bool = False
-
-
-@dataclass(frozen=True)
-class Removal:
-    """A block or a branch; `inside`: the paths of all modules in it. `zero`: its result is 0, else it is its input. `shaped`: zeros of the
-    input's shape, not one zero that is broadcast."""
-
-    name: str
-    parts: tuple[Part, ...]
-    inside: tuple[str, ...]
-    zero: bool
-    shaped: bool = False
-
-    def apply(self, model: nn.Module) -> None:
-        """Replace the modules; of plain ones nothing but `nn.Identity` is left."""
-        for holder, name, part in self._places(model):
-            holder._modules[name] = self._stand_in(part).train(model.training)
-
-    def _places(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, Part]]:
-        """Where each part is held, and by what name."""
-        for part in self.parts:
-            parent, _, last = part.path.rpartition(".")
-            try:
-                holder = model.get_submodule(parent)
-            except AttributeError:  # it went with a block around it
-                continue
-            if last in holder._modules:
-                for place in places(model, holder.get_submodule(last)):
-                    yield *place, part
-
-    def _stand_in(self, part: Part) -> nn.Module:
-        if part.plain and not self.zero:
-            return nn.Identity()
-        return _passing(part, self.zero, self.shaped)
-
-    def trouble(self, model: nn.Module, example: Tensor, expected: Any) -> str:
-        """Why the model does not run as before without it, when it gave `expected`; '' where it
-        does. The model is left as it was."""
-        before = [(holder, name, holder._modules[name]) for holder, name, _ in self._places(model)]
-        try:
-            with deployed(model):
-                self.apply(model)
-                got = model(example)
-        except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            return f"without it the model does not run: {first}"
-        finally:
-            for holder, name, module in before:
-                holder._modules[name] = module
-        same = _shapes(got) == _shapes(expected)
-        return "" if same else "without it the model's output changes its shape"
-
-    def tried(self, model: nn.Module, example: Tensor, expected: Any) -> tuple[Removal, str]:
-        """The form of it with which the model runs, and what is wrong where none is."""
-        reason = self.trouble(model, example, expected)
-        if reason and self.zero:  # an addition in place needs the whole shape
-            shaped = replace(self, shaped=True)
-            return shaped, shaped.trouble(model, example, expected)
-        return self, reason
-
-
-def _shapes(output: Any) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def _passing(part: Part, zero: bool, shaped: bool) -> nn.Module:
-    """A module of torch's own that gives its first input, or zero, whatever else it is given."""
-    graph, root = fx.Graph(), nn.Module()
-    x = graph.placeholder("hidden_states")
-    graph.placeholder("*args")
-    graph.placeholder("**kwargs")
-    made: Any = x
-    if zero and shaped:
-        made = graph.call_function(torch.zeros_like, (x,))
-    elif zero:
-        made = graph.call_method("new_zeros", (x, ()))
-    if part.attention:
-        root.__dict__.update(_NO_ATTENTION)
-        with warnings.catch_warnings(action="ignore"):
-            for name in _NO_ATTENTION:  # what a graph reads is kept, and copied, by its module
-                graph.get_attr(name)
-    graph.output((made, *[None] * (part.outputs - 1)) if part.outputs else made)
-    return fx.GraphModule(root, graph)
 
 
 def removals(model: nn.Module, run: Pass) -> tuple[list[Removal], list[Ignored]]:
     """What can be left out of a model, in the order in which it runs; and what can't, and why."""
     finder = _Finder(model, run)
     return finder.found, finder.ignored
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Calls in a row, children of the call `owner`, whose result that adds to something.
+
+    `alone`: what it is added to is made by no layers of the owner's."""
+
+    owner: int
+    chain: list[int]
+    alone: bool
 
 
 class _Finder:
@@ -156,9 +67,8 @@ class _Finder:
         found = [self._removal(run.calls[i].path, [run.calls[i]], zero=False) for i in whole]
         found += [
             removal
-            for owner, chain in branches
-            if not any(run.within(owner, i) for i in whole)
-            and (removal := self._of_branch(owner, chain, branches))
+            for branch in branches
+            if self._is_own(branch, whole) and (removal := self._of_branch(branch, branches))
         ]
         taken = {path for r in found for p in r.parts for path in self._inside(p.path)}
         found += self._equal(taken, {path for r in found for path in self._around(r.parts[0].path)})
@@ -167,15 +77,16 @@ class _Finder:
 
     # --- residual branches ---------------------------------------------------------------------
 
-    def _branches(self) -> list[tuple[int, list[int]]]:
-        """Calls in a row that end in an addition; with the call that adds."""
-        found = []
+    def _branches(self) -> list[_Branch]:
+        """Calls in a row that end in an addition."""
+        found: list[_Branch] = []
         for i, step in enumerate(self._run.steps):
             if step.name == "add" and len(step.reads) == 2 and step.shapes[0] == step.shapes[1]:
                 chains = [self._chain(value, i, step.call) for value in dict.fromkeys(step.reads)]
-                chain = max(chains, key=self._weight)
-                if self._weight(chain):
-                    found.append((step.call, chain))
+                weights = [self._weight(chain) for chain in chains]
+                if any(weights):
+                    chain = chains[weights.index(max(weights))]
+                    found.append(_Branch(step.call, chain, alone=not all(weights[:2])))
         return found
 
     def _chain(self, value: Any, reader: int, owner: int) -> list[int]:
@@ -213,7 +124,8 @@ class _Finder:
         return sum(p.numel() for m in modules for p in m.parameters())
 
     def _whole_blocks(self) -> list[int]:
-        """Calls that add once, something of their own to their input, and keep its shape."""
+        """Calls that add once, something of their own to their input, and keep its shape; within
+        such a call only those that mix channels, so that a norm which adds is no decision."""
         added: dict[int, list[Any]] = {}
         for step in self._run.steps:
             if step.name == "add" and len(step.reads) == 2:
@@ -224,18 +136,36 @@ class _Finder:
             fits = call.path and self._fits(call) and len(steps) == 1
             if fits and call.taken in steps[0].reads and len(set(steps[0].reads)) == 2:
                 found.append(i)
-        return [i for i in found if not any(j != i and self._run.within(i, j) for j in found)]
+        outermost = [i for i in found if not self._nested(i, found)]
+        return [i for i in found if i in outermost or self._mixes([i])]
 
-    def _of_branch(
-        self, owner: int, chain: list[int], branches: list[tuple[int, list[int]]]
-    ) -> Removal | None:
+    def _nested(self, call: int, others: Iterable[int]) -> bool:
+        """Whether a call runs inside another of these."""
+        return any(other != call and self._run.within(call, other) for other in others)
+
+    def _is_own(self, branch: _Branch, whole: Collection[int]) -> bool:
+        """Whether a branch is a decision of its own beside those of the whole blocks: it is not the
+        one of such a block, and within one it is a shortcut's, not one layer beside another."""
+        if branch.owner in whole:
+            return False
+        within = self._nested(branch.owner, whole)
+        return not within or (branch.alone and self._mixes(branch.chain))
+
+    def _mixes(self, calls: Iterable[int]) -> bool:
+        """Whether any of the weights mixes channels, as those of norms and of depthwise filters do
+        not: without these next to nothing is saved."""
+        modules = [self._run.calls[i].module for i in calls]
+        return any(p.dim() > 1 and min(p.shape[:2]) > 1 for m in modules for p in m.parameters())
+
+    def _of_branch(self, branch: _Branch, branches: list[_Branch]) -> Removal | None:
+        owner, chain = branch.owner, branch.chain
         holder = self._run.calls[owner]
         if method := self._folds(owner):
             if holder.path not in self._folding:
                 self.ignored.append(Ignored(holder.path, "depth", _folded(method)))
             self._folding.add(holder.path)
             return None
-        alone = sum(other == owner for other, _ in branches) == 1
+        alone = sum(other.owner == owner for other in branches) == 1
         calls = [self._run.calls[i] for i in chain]
         largest = max(chain, key=lambda i: self._weight([i]))
         name = holder.path if alone and holder.path else self._run.calls[largest].path
@@ -310,7 +240,7 @@ class _Finder:
 
     def _removal(self, name: str, calls: list[Call], zero: bool) -> Removal:
         inside = [path for call in calls for path in self._inside(call.path)]
-        return Removal(name, tuple(_part(c) for c in calls), tuple(inside), zero)
+        return Removal(name, tuple(part_of(c) for c in calls), tuple(inside), zero)
 
     def _inside(self, path: str) -> list[str]:
         return [name for name, _ in self._model.get_submodule(path).named_modules(prefix=path)]
@@ -322,8 +252,3 @@ class _Finder:
 
 def _folded(method: str) -> str:
     return f"its branches become one layer with its own {method}(): call that first"
-
-
-def _part(call: Call) -> Part:
-    outputs = len(call.output) if isinstance(call.output, tuple) else 0
-    return Part(call.path, call.single, outputs, isinstance(call.module, nn.MultiheadAttention))

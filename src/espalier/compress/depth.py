@@ -12,9 +12,10 @@ from fnmatch import fnmatch
 
 from torch import Tensor, nn
 
-from espalier.compress.branches import Removal, removals
+from espalier.compress.branches import removals
 from espalier.compress.calls import follow
 from espalier.compress.cut import BoundCut, Cut, Ignored
+from espalier.compress.left_out import Removal
 from espalier.errors import EspalierError
 from espalier.space import Decision, ordinal
 from espalier.space.options import Option
@@ -31,8 +32,9 @@ class Depth(Cut):
     - Other blocks, and convolutions and linear layers outside of blocks, become `nn.Identity`
       where input and output have the same shape.
 
-    Each is tried on the example before it is offered. `layers`: patterns of the module paths that
-    may be left out, as in `fnmatch`; all where it is None.
+    Within a block its blocks and residual branches are decided too, where it is kept itself. Each is
+    tried on the example before it is offered. `layers`: patterns of the module paths that may be
+    left out, as in `fnmatch`; all where it is None.
     """
 
     layers: Sequence[str] | None = None

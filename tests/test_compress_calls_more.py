@@ -1,0 +1,147 @@
+"""Blocks within blocks, and modules that are called in other ways than with one tensor for one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.compress import Depth, Pretrained
+from espalier.costs import Counts, count
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+VECTORS = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def offered(model: nn.Module, example: Tensor) -> list[str]:
+    return [d.name for d in Depth().bind(model.eval(), example).decisions]
+
+
+# --- blocks within blocks -----------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(F.relu(self.one(x)))
+
+
+class ResidualGroup(nn.Module):
+    """Blocks and a layer within a shortcut, as networks for super-resolution have."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def restoring() -> nn.Module:
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+    group = ResidualGroup(Residual(8), Residual(8), nn.Conv2d(8, 8, 3, padding=1))
+    return nn.Sequential(first, group, last).eval()
+
+
+def test_blocks_within_a_block_are_decisions_where_that_is_kept():
+    family = Pretrained(restoring(), IMAGES, (Depth(),))
+    assert family.space.names == ("depth:1", "depth:1.body.0", "depth:1.body.1")
+    assert family.ignored == ()
+    for name in family.space.names[1:]:
+        assert dict(family.space[name].when) == {"depth:1": (1,)}
+    start, group, end = family.model
+    small = family.build({**family.original, "depth:1.body.0": 0})
+    x = start(IMAGES)
+    assert torch.equal(small(IMAGES), end(x + group.body[2](group.body[1](x))))
+    assert torch.equal(family.build({"depth:1": 0})(IMAGES), end(x))
+    codes = family.space.sample(20, np.random.default_rng(0))
+    table = Counts(family).estimate_codes(codes)
+    for i, candidate in enumerate(family.space.decode(codes)):
+        built = count(family.build(candidate), family.example())
+        assert (table["params"][i], table["macs"][i]) == (built.params, built.macs)
+
+
+class Layer(nn.Module):
+    """A transformer's layer of attention and feed-forward part."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.feed = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.feed(self.norm2(x))
+
+
+class Placed(nn.Module):
+    """An encoder that adds its positions before its layers."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.places = nn.Embedding(6, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.places(torch.arange(x.shape[1]).expand(len(x), -1))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_an_encoder_that_adds_its_positions_offers_its_layers():
+    model = nn.Sequential(nn.Linear(8, 16), Placed(), nn.Linear(16, 5))
+    parts = [f"depth:1.layers.{i}.{part}" for i in range(3) for part in ("attention", "feed")]
+    assert offered(model, VECTORS) == ["depth:1", *parts]
+    family = Pretrained(model, VECTORS, (Depth(),))
+    small = family.build({**family.original, "depth:1.layers.2.feed": 0})
+    expected = family.model
+    for weight in expected[1].layers[2].feed[2].parameters():
+        nn.init.zeros_(weight)
+    assert torch.allclose(small(VECTORS), expected(VECTORS), atol=1e-6)
+
+
+class ResponseNorm(nn.Module):
+    """Adds to its input what it scales of it, as the norm of ConvNeXt V2 does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x * x.norm(dim=1, keepdim=True) * self.scale + self.shift)
+
+
+class Adapted(nn.Module):
+    """A linear layer with one of few ranks beside it."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(into, out), nn.Linear(into, 2), nn.Linear(2, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Mixed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.feed = nn.Sequential(
+            Adapted(width, 24), nn.GELU(), ResponseNorm(24), Adapted(24, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.feed(x)
+
+
+def test_layers_beside_layers_and_norms_within_a_block_are_no_decisions():
+    group = ResidualGroup(Mixed(16), Mixed(16), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(8, 16), group, nn.Linear(16, 5))
+    assert offered(model, VECTORS) == ["depth:1", "depth:1.body.0", "depth:1.body.1"]
