@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.compress import Depth, Pretrained
+from espalier.compress import Bits, Depth, Pretrained, Widths
+from espalier.compress.importance import scores
+from espalier.compress.one_shot import sparsify
+from espalier.compress.repair import reconstruct
 from espalier.costs import Counts, count
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -145,3 +149,96 @@ def test_layers_beside_layers_and_norms_within_a_block_are_no_decisions():
     group = ResidualGroup(Mixed(16), Mixed(16), nn.Linear(16, 16))
     model = nn.Sequential(nn.Linear(8, 16), group, nn.Linear(16, 5))
     assert offered(model, VECTORS) == ["depth:1", "depth:1.body.0", "depth:1.body.1"]
+
+
+# --- what a block gives, and how a layer is called ----------------------------------------------
+
+
+class Pair(nn.Module):
+    """A block that gives a tuple."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.relu(x + self.conv(x)), None
+
+
+class Named(Pair):
+    """A block that gives a dictionary."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"features": super().forward(x)[0]}
+
+
+class Chained(nn.Module):
+    def __init__(self, block: type[Pair]) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 1), block(8), block(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for block in (self.one, self.two):
+            found = block(x)
+            x = found["features"] if isinstance(found, dict) else found[0]
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("block", [Pair, Named])
+def test_blocks_that_give_more_than_a_tensor_have_layers_of_integers(block: type[Pair]):
+    torch.manual_seed(0)
+    family = Pretrained(Chained(block), IMAGES, (Bits(),), calibration=IMAGES)
+    small = family.build(dict.fromkeys(family.original, 8))
+    given, expected = small(IMAGES), family.model(IMAGES)
+    assert (given - expected).norm() < 0.05 * expected.norm()
+
+
+class Placewise(nn.Module):
+    """Layers that are called by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.out, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.two(F.relu(self.one(x)))).mean((2, 3))
+        return self.head(F.relu(self.out(x)))
+
+
+class Keyworded(Placewise):
+    """The same layers, called by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.two(input=F.relu(self.one(input=x)))).mean((2, 3))
+        return self.head(input=F.relu(self.out(input=x)))
+
+
+def both() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain, keyworded = Placewise().eval(), Keyworded().eval()
+    keyworded.load_state_dict(plain.state_dict())
+    return plain, keyworded
+
+
+def test_layers_called_by_keyword_are_repaired():
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in both():
+        family = Pretrained(model, IMAGES, (Widths(multiple=1),))
+        small = family.build({**family.original, "width:one": 4, "width:out": 4})
+        found.append(reconstruct(small, family.model, images))
+    assert found[0] == found[1]
+    assert [row["layer"] for row in found[1]["layers"]] == ["one", "two", "out", "head"]
+
+
+def test_what_layers_called_by_keyword_read_is_seen():
+    found = []
+    for model in both():
+        groups = Pretrained(model, IMAGES, (Widths(multiple=1),)).cuts[0].groups
+        found.append(scores(model, groups, "activation", [(IMAGES, torch.zeros(2))]))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    plain, keyworded = both()
+    assert sparsify(plain, IMAGES, "2:4") == sparsify(keyworded, IMAGES, "2:4")

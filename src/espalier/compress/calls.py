@@ -187,5 +187,10 @@ class _Follower(TorchDispatchMode):
         return out
 
 
+def first_given(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor that a module is called with, by place or by keyword."""
+    return _tensors((args, kwargs))[0]
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

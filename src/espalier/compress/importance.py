@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.calls import first_given
 from espalier.compress.coupling.groups import Group, Member
 from espalier.errors import EspalierError, unknown
 
@@ -148,9 +150,9 @@ def _input_squares(model: nn.Module, paths: set[str], batches: Batches) -> dict[
     """For each layer the sum of squares of its input by the channel that its weights see."""
     squares: dict[str, Tensor] = {}
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def remember(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].detach().float()
+    def hook(path: str) -> Callable[..., None]:
+        def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = first_given(args, kwargs).detach().float()
             conv = isinstance(module, nn.modules.conv._ConvNd)
             channel = 1 if conv else x.dim() - 1
             total = (x**2).sum([d for d in range(x.dim()) if d != channel])
@@ -160,7 +162,10 @@ def _input_squares(model: nn.Module, paths: set[str], batches: Batches) -> dict[
 
         return remember
 
-    handles = [model.get_submodule(p).register_forward_pre_hook(hook(p)) for p in sorted(paths)]
+    handles = [
+        model.get_submodule(p).register_forward_pre_hook(hook(p), with_kwargs=True)
+        for p in sorted(paths)
+    ]
     count = 0
     try:
         with _calm(model), torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.compress.calls import first_given
 from espalier.compress.removal import METHODS, Kept
 from espalier.compress.repair.least_squares import Moments
 from espalier.errors import EspalierError, unknown
@@ -50,13 +51,13 @@ def sparsify(
     multiple = int(kept.partition(":")[2] or 1) if isinstance(kept, str) else 1
 
     def treat(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: Any) -> None:
+        def hook(layer: Any, args: Any, kwargs: Any) -> None:
             if name in done or name in skipped:
                 return  # it runs more than once: the first decides
             if layer.in_features % multiple:
                 skipped[name] = f"{layer.in_features} inputs are not whole groups of {multiple}"
                 return
-            x = args[0].reshape(-1, layer.in_features).double()
+            x = first_given(args, kwargs).reshape(-1, layer.in_features).double()
             before, gram = layer.weight.detach().clone(), x.T @ x
             cross = before.double() @ gram
             moments = Moments(gram, cross, (cross * before).sum(1), len(x))
@@ -70,7 +71,8 @@ def sparsify(
 
     with torch.no_grad(), evaluating(model), ExitStack() as stack:
         for name, layer in chosen.items():
-            stack.callback(layer.register_forward_pre_hook(treat(name)).remove)
+            handle = layer.register_forward_pre_hook(treat(name), with_kwargs=True)
+            stack.callback(handle.remove)
         model(examples.to(device_of(model)))
     skipped |= {name: "it never runs" for name in chosen if name not in {*done, *skipped}}
     return {

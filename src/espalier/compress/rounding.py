@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+from torch import Tensor
+
 from espalier.compress.calls import Pass, Step, Value
 
 _NORMS = {
@@ -33,7 +35,7 @@ def outputs_to_round(run: Pass, layers: Collection[str], closing: Collection[str
     """Modules (paths) whose output is to be rounded, given the layers of integers, each run once.
 
     `closing` are those of the layers that need a rounded output to be computed on integers.
-    Tensors that no module gives, or only modules that run more than once, are left.
+    Tensors that no module gives alone, or only modules that run more than once, are left.
     """
     return _Rounding(run, layers).run(closing)
 
@@ -80,7 +82,9 @@ class _Rounding:
     def _want(self, value: Value | None) -> None:
         if value is None or value == self._source or self._rounded(value):
             return
-        givers = [c for c in reversed(self._run.calls) if c.made == value and c.path]
+        # of a tuple or a dictionary there is no one tensor to round
+        calls = [c for c in reversed(self._run.calls) if isinstance(c.output, Tensor)]
+        givers = [c for c in calls if c.made == value and c.path]
         # innermost first; what only passes the tensor on rounds it for its own readers alone
         for call in sorted(givers, key=lambda c: c.taken == value):
             if self._often[call.path] == 1:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from espalier.compress.calls import first_given
 from espalier.compress.repair.kept import kept_rows
 from espalier.compress.repair.patches import KINDS, Places, inputs, outputs, refit_layer
 from espalier.errors import EspalierError
@@ -168,9 +169,9 @@ class _Plan:
                 self._skip(name, f"it runs {often} times in the original" if often else "never run")
 
         def fit(name: str) -> Callable[..., None]:
-            def hook(layer: nn.Module, args: Any) -> None:
+            def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
                 if name in self._seen:
-                    self._mend_one(name, args[0], ridge)
+                    self._mend_one(name, first_given(args, kwargs), ridge)
                     if progress is not None:
                         progress(len(self.done), len(names), name)
 
@@ -178,7 +179,8 @@ class _Plan:
 
         with ExitStack() as stack:
             for name in names:
-                handle = self.layers[name].register_forward_pre_hook(fit(name))
+                layer = self.layers[name]
+                handle = layer.register_forward_pre_hook(fit(name), with_kwargs=True)
                 stack.callback(handle.remove)
             self.model(x)
 
