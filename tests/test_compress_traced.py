@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from espalier.compress import Pretrained, Widths
+from espalier.compress.coupling.fast_paths import in_steps, without_nesting
 from espalier.compress.coupling.proof import without
 from espalier.compress.coupling.tracing import traced
 from espalier.export import to_onnx
@@ -265,3 +266,77 @@ def test_what_does_more_while_it_trains_is_traced_as_it_evaluates() -> None:
     assert torch.equal(graph.train()(x), block(x))
     assert torch.equal(torch.get_rng_state(), state)
     assert vars(block) == before
+
+
+class Parts(nn.Module):
+    """A block that can be traced, and then not be cut: its width stands where no size is followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.broadcast_to(self.up(x), (x.shape[0], 5, 12)))
+
+
+def test_what_fails_while_it_is_looked_at_is_not_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Parts(), nn.Linear(8, 3))
+    bound = Widths(multiple=1).bind(model, torch.randn(2, 5, 4))
+    assert "1.up" in {i.layer for i in bound.ignored}
+    assert capfd.readouterr().err == ""
+
+
+class Classifier(nn.Module):
+    """torch's encoder as it is made by default, over padded sentences."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.table, self.encoder = nn.Embedding(30, 16), nn.TransformerEncoder(layer, 2)
+        self.out, self.masked = nn.Linear(16, 5), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = x == 0
+        y = self.encoder(self.table(x), src_key_padding_mask=padding)
+        y = y.masked_fill(padding[..., None], 0) if self.masked else y
+        return self.out(y.sum(1))
+
+
+PADDED = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 0, 0, 0]])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoders_over_padded_inputs_are_cut_where_nothing_reads_the_padding() -> None:
+    torch.manual_seed(0)
+    model = Classifier(masked=True).eval()
+    with torch.no_grad():
+        wanted = model(PADDED)
+        without_nesting(model, PADDED)
+        torch.testing.assert_close(model(PADDED), wanted)
+    layers = ("encoder.layers.0", "encoder.layers.1")
+    names = {"table"} | {f"{p}.{n}" for p in layers for n in ("self_attn", "linear1")}
+    assert Widths(multiple=1).bind(model, PADDED).groups.keys() == names
+    network = cut(model, PADDED, PADDED[1:], encoder__layers__1__self_attn=2)
+    assert to_onnx(network, PADDED)
+
+    reads = Classifier(masked=False).eval()
+    without_nesting(reads, PADDED)
+    assert reads.encoder.use_nested_tensor
+    without_nesting(reads, PADDED.float())  # what it does not take
+    assert reads.encoder.use_nested_tensor
+
+
+@torch.no_grad()
+def test_an_encoder_layer_in_steps_calls_what_stands_in_its_layers_places() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    wanted = layer(x)
+    layer.linear1 = nn.Sequential(layer.linear1)
+    with pytest.raises(AttributeError):
+        layer(x)
+    in_steps(layer)
+    torch.testing.assert_close(layer(x), wanted)

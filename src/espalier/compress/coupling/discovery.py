@@ -20,6 +20,7 @@ from espalier.compress.coupling.sizes import SizeRead, resize
 from espalier.compress.coupling.tracing import traced
 from espalier.compress.cut import Ignored
 from espalier.export.placing import put
+from espalier.export.quiet import quiet
 
 Written = tuple[tuple[SizeRead, int], ...]  # sizes in a graph, and their numbers before any cut
 
@@ -103,7 +104,8 @@ def _look(
     reasons = {g.name: unwanted(g) for g in found}
     ignored += [Ignored(name, "width", why) for name, why in reasons.items() if why]
     wanted = [g for g in found if not reasons[g.name]]
-    sound, failed = proven(model, example, wanted)
+    with quiet():  # torch.fx prints each failure of a graph, which the proof expects
+        sound, failed = proven(model, example, wanted)
     named = {g.name: g for g in sound}
     ends = {
         path: tuple(n for n in dict.fromkeys(_of([*sides[0], *sides[1]], of)) if n in named)
@@ -188,8 +190,8 @@ def _traced(model: nn.Module, example: Tensor, paths: list[str]) -> tuple[nn.Mod
         if _plain(before):
             continue
         try:
-            put(twin, path, traced(before))
-            with evaluated(twin), torch.no_grad():
+            with quiet(), evaluated(twin), torch.no_grad():
+                put(twin, path, traced(before))
                 found = outputs(twin(example))
             same = len(found) == len(expected) and all(map(close, found, expected))
         except Exception:  # whatever tracing meets in a user's code: the block stays as it is
