@@ -2,24 +2,28 @@
 
 `compress.attention.Attention` stands for a cut `nn.MultiheadAttention` while a network is cut. Here it
 becomes a `torch.fx.GraphModule` that does what the network asks of it: the masks it is given, weights
-or none, batch first or second.
+or none, batch first or second. Where its calls differ, it serves each.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from espalier.compress.attention import Attention
 from espalier.compress.calls import Call
+from espalier.errors import EspalierError
 from espalier.export.placing import put
 
 _INPUTS = ("query", "key", "value")
+_MASKS = ("attn_mask", "key_padding_mask")
 _OTHERS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 # torch's encoder layers look at these
 _READ = ("batch_first", "num_heads", "head_dim", "in_proj_bias", "_qkv_same_embed_dim")
@@ -32,20 +36,63 @@ def plain_attention(network: nn.Module, calls: Mapping[str, Call]) -> None:
             put(network, path, as_graph(module, calls[path]))
 
 
+@dataclass
+class Calls(Call):
+    """Calls of one attention that differ, as one: `kwargs` are an example of all that is given."""
+
+
+def attended(calls: Sequence[Call]) -> dict[str, Call]:
+    """Each attention that is called (its path), and how: where its calls differ, all in one.
+
+    Errors: `EspalierError` where some of an attention's inputs are batches and some are not.
+    """
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        if isinstance(call.module, nn.MultiheadAttention):
+            found.setdefault(call.path, []).append(call)
+    return {path: _merged(some) for path, some in found.items()}
+
+
+def _merged(calls: Sequence[Call]) -> Call:
+    last, given = calls[-1], [_given(call) for call in calls]
+    if len({_form(call) for call in calls}) == 1:
+        return last
+    if len({g["query"].dim() for g in given}) > 1:
+        raise EspalierError(f"{last.path} is called with batches and without: it can't be cut")
+    shapes = {"attn_mask": (1, 1, 1, 1), "key_padding_mask": (1,) * (given[-1]["query"].dim() - 1)}
+    every = {
+        name: torch.zeros(shape) if any(g.get(name) is not None for g in given) else None
+        for name, shape in shapes.items()
+    }
+    weights = any(g.get("need_weights", True) for g in given)
+    each = {"need_weights": weights, "average_attn_weights": False}
+    return Calls(last.path, last.module, last.parent, kwargs=given[-1] | every | each)
+
+
+def _given(call: Call) -> dict[str, Any]:
+    return dict(zip(_INPUTS + _OTHERS, call.args, strict=False)) | dict(call.kwargs)
+
+
+def _form(call: Call) -> tuple[object, ...]:
+    """What a graph for one call has fixed: its masks' kinds and places, and what it gives."""
+    given = _given(call)
+    masks = [
+        (name, name in call.kwargs, mask.dim(), mask.is_floating_point())
+        for name in _MASKS
+        if (mask := given.get(name)) is not None
+    ]
+    wanted = bool(given.get("need_weights", True)), bool(given.get("average_attn_weights", True))
+    return (given["query"].dim(), *masks, *wanted)
+
+
 def as_graph(module: Attention, call: Call) -> fx.GraphModule:
     """The attention as it is called: with the same masks, and weights or none."""
-    given = dict(zip(_INPUTS + _OTHERS, call.args, strict=False)) | dict(call.kwargs)
+    given = _given(call)
     body = _Body(module, given)
     graph = fx.Graph()
-    ends = {name: graph.placeholder(name) for name in _INPUTS}
-    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    for name in ("attn_mask", "key_padding_mask"):
-        if given.get(name) is None:
-            ends[name] = None  # type: ignore[assignment]
-        elif name in call.kwargs:
-            ends[name] = graph.call_function(operator.getitem, (kwargs, name))
-        else:
-            ends[name] = graph.call_function(operator.getitem, (args, _OTHERS.index(name)))
+    ends: dict[str, Any] = {name: graph.placeholder(name) for name in _INPUTS}
+    several = isinstance(call, Calls)
+    ends |= _any_of(graph, given, ends["query"], module) if several else _these(graph, call, given)
     with warnings.catch_warnings(action="ignore"):
         for name in _READ:  # a graph module keeps, and copies, what its graph reads
             graph.get_attr(name)
@@ -55,12 +102,72 @@ def as_graph(module: Attention, call: Call) -> fx.GraphModule:
         if node.op == "placeholder":
             made[node] = ends[node.target]
         elif node.op == "output":
-            graph.output(fx.map_arg(node.args[0], lambda n: made[n]))
+            found: Any = fx.map_arg(node.args[0], lambda n: made[n])
+            graph.output(_wanted(graph, found, ends) if several else found)
         else:
             made[node] = graph.node_copy(node, lambda n: made[n])
     for node in graph.nodes:
         node.meta.clear()
     return fx.GraphModule(body, graph, "MultiheadAttention").train(module.training)
+
+
+def _these(graph: fx.Graph, call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The masks where one call gives them."""
+    ends: dict[str, Any] = {}
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    for name in _MASKS:
+        if given.get(name) is None:
+            ends[name] = None
+        elif name in call.kwargs:
+            ends[name] = graph.call_function(operator.getitem, (kwargs, name))
+        else:
+            ends[name] = graph.call_function(operator.getitem, (args, _OTHERS.index(name)))
+    return ends
+
+
+def _any_of(
+    graph: fx.Graph, given: Mapping[str, Any], like: fx.Node, module: Attention
+) -> dict[str, Any]:
+    """Everything that a call may give: masks of any kind, or none, as what is added."""
+    ends: dict[str, Any] = {
+        name: graph.placeholder(name, default_value=None if name in _MASKS else True)
+        for name in _OTHERS
+    }
+    for name in _MASKS:
+        if given[name] is None:
+            ends[name] = None
+            continue
+        shape = (1,) * min(given[name].dim(), 2)
+        nothing = graph.call_method("new_zeros", (like, shape))
+        missing = graph.call_function(operator.is_, (ends[name], None))
+        mask = _either(graph, missing, nothing, ends[name])
+        if name == "attn_mask":  # (n, m), or (b * heads, n, m)
+            one = graph.call_function(operator.eq, (graph.call_method("dim", (mask,)), 2))
+            sizes = _either(graph, one, (1, 1, -1), (-1, module.num_heads))
+            mask = graph.call_method("unflatten", (mask, 0, sizes))
+        kind = graph.call_function(getattr, (mask, "dtype"))
+        hides = graph.call_function(operator.eq, (kind, torch.bool))
+        zeros = graph.call_function(torch.zeros_like, (mask,), {"dtype": torch.float32})
+        hidden = graph.call_method(
+            "masked_fill", (zeros, graph.call_method("bool", (mask,)), float("-inf"))
+        )
+        ends[name] = _either(graph, hides, hidden, mask)
+    return ends
+
+
+def _wanted(graph: fx.Graph, found: Any, ends: Mapping[str, Any]) -> Any:
+    """What a call gives: with weights, of each head or their mean, or without."""
+    out, weights = found
+    if weights is None:
+        return found
+    mean = graph.call_method("mean", (weights, -3))
+    weights = _either(graph, ends["average_attn_weights"], mean, weights)
+    return out, _either(graph, ends["need_weights"], weights, None)
+
+
+def _either(graph: fx.Graph, condition: fx.Node, yes: Any, no: Any) -> fx.Node:
+    """One of two, by a truth that is no tensor: a graph has no branches."""
+    return graph.call_function(operator.getitem, ((no, yes), condition))
 
 
 class _Body(nn.Module):
