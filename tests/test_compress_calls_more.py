@@ -252,6 +252,72 @@ def test_what_layers_called_by_keyword_read_is_seen():
     assert sparsify(plain, IMAGES, "2:4") == sparsify(keyworded, IMAGES, "2:4")
 
 
+class Keyed(nn.Module):
+    """A block that is called by keyword and gives a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feed = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | None]:
+        return {"weights": None, "hidden": hidden + self.feed(hidden)}
+
+
+class Keys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(Keyed() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        for block in self.blocks:
+            x = block(mask=None, hidden=x)["hidden"]
+        return self.head(x)
+
+
+def test_blocks_called_by_keyword_that_give_dictionaries_are_left_out():
+    torch.manual_seed(0)
+    family = Pretrained(Keys(), VECTORS, (Depth(),))
+    assert "depth:blocks.0" in family.space.names
+    assert family.ignored == ()
+    model, small = family.model, family.build({**family.original, "depth:blocks.0": 0})
+    assert torch.equal(small(VECTORS), model.head(model.blocks[1](model.start(VECTORS))["hidden"]))
+
+
+class Tuples(nn.Module):
+    """A layer that calls its attention by keyword and takes a tuple, as Llama's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(8), Mix()
+        self.feed = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.mix(hidden=self.norm(x), weights=False)
+        x = x + y
+        return x + self.feed(x)
+
+
+class Mix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor, weights: bool) -> tuple[Tensor, None]:
+        return self.out(self.values(hidden).cumsum(1)), None
+
+
+def test_a_branch_called_by_keyword_adds_nothing():
+    torch.manual_seed(0)
+    family = Pretrained(nn.Sequential(nn.Linear(8, 8), Tuples()), VECTORS, (Depth(),))
+    assert family.ignored == ()
+    start, layer = family.model
+    x = start(VECTORS)
+    small = family.build({**family.original, "depth:1.mix": 0})
+    assert torch.allclose(small(VECTORS), x + layer.feed(x), atol=1e-6)
+
+
 # --- one attention, called in several ways ------------------------------------------------------
 
 WAYS = (

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.compress.calls import Call, Pass
 from espalier.compress.cut import Ignored
-from espalier.compress.left_out import Removal, part_of
+from espalier.compress.left_out import Removal, keyword, part_of
 
 # of these zeros come out where zeros go in: they may stay in a branch that is left out
 _KEEP_ZERO = (
@@ -175,7 +175,7 @@ class _Finder:
             self.ignored.append(Ignored(name, "depth", f"{again.path} is called more than once"))
             return None
         parts = [c for c in calls if self._once(c)]
-        if not all(c.args and isinstance(c.args[0], Tensor) for c in parts):
+        if any(keyword(c) is None for c in parts):
             self.ignored.append(Ignored(name, "depth", "its first input is no tensor"))
             return None
         return self._removal(name, parts, zero=True)

@@ -22,12 +22,16 @@ _NO_ATTENTION = {"batch_first": True, "in_proj_bias": None, "_qkv_same_embed_dim
 class Part:
     """A module to be replaced. `plain`: it is called with one tensor and gives one; otherwise the
     first of `outputs` results is a tensor and the rest become None (0: no tuple). `attention`: it
-    is torch's own, at which torch's encoder layers look."""
+    is torch's own, at which torch's encoder layers look. `keyword`: by what name it is given its
+    first tensor, where it is not given it by place. `keys`: what it names its results where it gives
+    a dictionary, the tensor's name first."""
 
     path: str
     plain: bool
     outputs: int = 0
     attention: bool = False
+    keyword: str = ""
+    keys: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _shapes(output: Any) -> list[tuple[int, ...]]:
 def _passing(part: Part, zero: bool, shaped: bool) -> nn.Module:
     """A module of torch's own that gives its first input, or zero, whatever else it is given."""
     graph, root = fx.Graph(), nn.Module()
-    x = graph.placeholder("hidden_states")
+    x = graph.placeholder(part.keyword or "hidden_states")
     graph.placeholder("*args")
     graph.placeholder("**kwargs")
     made: Any = x
@@ -109,11 +113,36 @@ def _passing(part: Part, zero: bool, shaped: bool) -> nn.Module:
         with warnings.catch_warnings(action="ignore"):
             for name in _NO_ATTENTION:  # what a graph reads is kept, and copied, by its module
                 graph.get_attr(name)
-    graph.output((made, *[None] * (part.outputs - 1)) if part.outputs else made)
+    if part.outputs:
+        made = (made, *[None] * (part.outputs - 1))
+    elif part.keys:
+        made = {part.keys[0]: made, **dict.fromkeys(part.keys[1:])}
+    graph.output(made)
     return fx.GraphModule(root, graph)
 
 
 def part_of(call: Call) -> Part:
     """A module to be replaced, as it was called."""
-    outputs = len(call.output) if isinstance(call.output, tuple) else 0
-    return Part(call.path, call.single, outputs, isinstance(call.module, nn.MultiheadAttention))
+    gives = call.output
+    outputs = len(gives) if isinstance(gives, tuple) else 0
+    attention = isinstance(call.module, nn.MultiheadAttention)
+    return Part(call.path, call.single, outputs, attention, keyword(call) or "", _names(gives))
+
+
+def keyword(call: Call) -> str | None:
+    """By what name a call is given its first tensor: '' by place; None where it can't be told."""
+    if call.args:
+        return "" if isinstance(call.args[0], Tensor) else None
+    holding = [name for name, given in call.kwargs.items() if _first(given) is not None]
+    return holding[0] if holding and isinstance(call.kwargs[holding[0]], Tensor) else None
+
+
+def _names(gives: Any) -> tuple[Any, ...]:
+    """The names of a dictionary, that of its first tensor before the others; none of deeper ones."""
+    first = _first(gives) if isinstance(gives, dict) else None
+    held = [name for name in gives if gives[name] is first] if first is not None else []
+    return (held[0], *(name for name in gives if name != held[0])) if held else ()
+
+
+def _first(tree: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), None)
