@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from espalier.compress.calls import Call
+from espalier.compress.coupling.fast_paths import ONE_STEP, in_steps
 from espalier.export import deployed
 from espalier.export.placing import places
+from espalier.export.quiet import quiet
 
 _NO_ATTENTION = {"batch_first": True, "in_proj_bias": None, "_qkv_same_embed_dim": False}
 
@@ -49,6 +51,7 @@ class Removal:
         """Replace the modules; of plain ones nothing but `nn.Identity` is left."""
         for holder, name, part in self._places(model):
             holder._modules[name] = self._stand_in(part).train(model.training)
+            in_steps(holder)
 
     def _places(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, Part]]:
         """Where each part is held, and by what name."""
@@ -70,17 +73,19 @@ class Removal:
     def trouble(self, model: nn.Module, example: Tensor, expected: Any) -> str:
         """Why the model does not run as before without it, when it gave `expected`; '' where it
         does. The model is left as it was."""
-        before = [(holder, name, holder._modules[name]) for holder, name, _ in self._places(model)]
+        before = [(h, n, h._modules[n], vars(h).get(ONE_STEP)) for h, n, _ in self._places(model)]
         try:
-            with deployed(model):
+            with quiet(), deployed(model):
                 self.apply(model)
                 got = model(example)
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             return f"without it the model does not run: {first}"
         finally:
-            for holder, name, module in before:
+            for holder, name, module, one_step in before:
                 holder._modules[name] = module
+                if one_step is not None:
+                    setattr(holder, ONE_STEP, one_step)
         same = _shapes(got) == _shapes(expected)
         return "" if same else "without it the model's output changes its shape"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from espalier.compress.attention import Attention
 from espalier.compress.attention_graph import plain_attention
 from espalier.compress.calls import Call, follow
+from espalier.compress.coupling.fast_paths import without_nesting
 from espalier.compress.cut import BoundCut, Cut, Ignored
 from espalier.compress.matched import matched
 from espalier.compress.own_copy import own_copy
@@ -53,6 +54,7 @@ class Pretrained(Family):
             raise EspalierError(f"an example is a tensor of inputs (b, ...), got {what}")
         self.model: nn.Module = own_copy(model)
         self._example = example.detach().cpu().contiguous()
+        without_nesting(self.model, self._example)
         self.calibration = None if calibration is None else calibration.detach().cpu().contiguous()
         self.shape, self.classes = tuple(example.shape[1:]), _classes(self.model, self._example)
         given = (cuts,) if isinstance(cuts, Cut) else cuts

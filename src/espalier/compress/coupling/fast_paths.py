@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from espalier.compress.coupling.labelling import evaluated, outputs
 from espalier.compress.coupling.proof import close
 
+ONE_STEP = "activation_relu_or_gelu"  # what an encoder layer decides by
+
 
 def without_nesting(model: nn.Module, example: Tensor) -> None:
     """Padded inputs stay plain tensors in the encoders of a model, in place.
@@ -44,4 +46,4 @@ def in_steps(holder: nn.Module) -> None:
     """An encoder layer of torch that calls its layers, whatever stands in their places; other
     modules stay as they are."""
     if isinstance(holder, nn.TransformerEncoderLayer):
-        holder.activation_relu_or_gelu = 0  # as for an activation that its one step does not know
+        setattr(holder, ONE_STEP, 0)  # as for an activation that its one step does not know
