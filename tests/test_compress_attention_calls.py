@@ -113,3 +113,35 @@ def test_an_attention_called_with_batches_and_without_is_refused():
     calls = [Call("inner", attention, -1, (t, t, t)) for t in (x, x[0])]
     with pytest.raises(EspalierError, match="inner is called with batches and without"):
         attended(calls)
+
+
+@pytest.mark.parametrize("masked_first", [True, False])
+def test_heads_of_an_attention_called_in_two_ways_are_cut_in_both(masked_first: bool) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.memory = nn.Parameter(torch.randn(1, 4, 16))
+
+        def own(self, x: Tensor) -> Tensor:
+            n = x.shape[1]
+            mask = torch.triu(torch.full((n, n), float("-inf")), 1)
+            return x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+        def cross(self, x: Tensor) -> Tensor:
+            memory = self.memory.expand(len(x), -1, -1)
+            return x + self.attention(x, memory, memory, need_weights=False)[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.into(x)
+            return self.head(self.cross(self.own(x)) if masked_first else self.own(self.cross(x)))
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(2, 6, 8)
+    family = Pretrained(model, x, (Widths(multiple=1),))
+    (bound,) = family.cuts
+    with torch.no_grad():
+        small = family.build({**family.original, "width:attention": 3})(x)
+        wanted = without(model, dict(bound.groups), bound.kept({"width:attention": 3}))(x)
+        assert torch.allclose(small, wanted, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.attention import Attention
-from espalier.compress.attention_graph import plain_attention
+from espalier.compress.attention_graph import attended, plain_attention
 from espalier.compress.calls import Call, follow
 from espalier.compress.coupling.fast_paths import without_nesting
 from espalier.compress.cut import BoundCut, Cut, Ignored
@@ -117,9 +117,7 @@ class Pretrained(Family):
                 cut.apply(network, own)
         if any(isinstance(module, Attention) for module in network.modules()):
             if self._attended is None:
-                calls = follow(self.model, self._example[:1]).calls
-                attends = [c for c in calls if isinstance(c.module, nn.MultiheadAttention)]
-                self._attended = {c.path: c for c in attends}
+                self._attended = attended(follow(self.model, self._example[:1]).calls)
             plain_attention(network, self._attended)
         return network.eval()
 

@@ -140,9 +140,9 @@ class Quantised(nn.Module):
 class QuantisedConv1d(Quantised, nn.Conv1d):
     """A convolution of quantised numbers."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv1d`, input and weight rounded."""
-        x, weight = self.input_quantiser(x), self.rounded_weight()
+        x, weight = self.input_quantiser(input), self.rounded_weight()
         made: Tensor = self._conv_forward(x, weight, self.bias)
         return made
 
@@ -150,9 +150,9 @@ class QuantisedConv1d(Quantised, nn.Conv1d):
 class QuantisedConv2d(Quantised, nn.Conv2d):
     """A convolution of quantised numbers."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`, input and weight rounded."""
-        x, weight = self.input_quantiser(x), self.rounded_weight()
+        x, weight = self.input_quantiser(input), self.rounded_weight()
         made: Tensor = self._conv_forward(x, weight, self.bias)
         return made
 
@@ -160,9 +160,9 @@ class QuantisedConv2d(Quantised, nn.Conv2d):
 class QuantisedLinear(Quantised, nn.Linear):
     """A linear layer of quantised numbers, or with quantised weights alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, weight and, unless weights alone are quantised, input rounded."""
-        return functional.linear(self.input_quantiser(x), self.rounded_weight(), self.bias)
+        return functional.linear(self.input_quantiser(input), self.rounded_weight(), self.bias)
 
 
 _KINDS: dict[type[nn.Module], type[Quantised]] = {
