@@ -100,7 +100,7 @@ def _look(
         resize(model.get_submodule(path), sizes)  # type: ignore[arg-type]
     found, of, ignored = grouped(trace)
     shapes = _bare_norms(model, trace, of)
-    found = [replace(g, numbers=shapes.get(g.name, ())) for g in found if _read(model, g)]
+    found = [replace(g, numbers=shapes.get(g.name, ())) for g in found]
     reasons = {g.name: unwanted(g) for g in found}
     ignored += [Ignored(name, "width", why) for name, why in reasons.items() if why]
     wanted = [g for g in found if not reasons[g.name]]
@@ -119,15 +119,6 @@ def _look(
 
 def _written(trace: Trace, path: str) -> Written:
     return tuple((read, len(read.labels)) for read in trace.sizes if read.path == path)
-
-
-def _read(model: nn.Module, group: Group) -> bool:
-    """Whether something reads it: of a table of positions, or a mask, that a module slices itself,
-    an example reads some rows, and a longer input may read the others."""
-    one = group.members[0]
-    alone = len(group.members) == 1 and not one.consumed
-    holder = model.get_submodule(one.path)
-    return not alone or (_plain(holder) and not isinstance(holder, fx.GraphModule))
 
 
 def _bare_norms(
