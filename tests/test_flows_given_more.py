@@ -301,3 +301,25 @@ def refused(path: Path, name: str, words: list[str]) -> None:
     assert done.exit_code == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_program_exported_while_it_trained_evaluates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.Dropout2d(0.5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(288, 4),
+    ).train()
+    x = torch.randn(2, 1, 8, 8)
+    batch = torch.export.Dim("b")
+    torch.export.save(
+        torch.export.export(model, (x,), dynamic_shapes=({0: batch},)), tmp_path / "model.pt2"
+    )
+    read = from_file(tmp_path / "model.pt2")
+    with torch.no_grad():
+        assert torch.allclose(read(x), model.eval()(x), atol=1e-6)
+        read.train()
+        assert not torch.equal(read(x), read(x))

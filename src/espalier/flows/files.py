@@ -128,7 +128,9 @@ class _Rebuilt:
             given["rank"] = getattr(given["input"].meta.get("val"), "ndim", 0)
             layer = make(given, self.tensor)
             if layer is not None:
-                place = self.names[given["weight"].name].rpartition(".")[0] or node.name
+                weight = given.get("weight")
+                place = "" if weight is None else self.names[weight.name].rpartition(".")[0]
+                place = place or node.name
                 return self.graph.call_module(self.put(place, layer), (self.value(given["input"]),))
         target: Any = node.target
         if target is operator.getitem or callable(target):
@@ -207,6 +209,17 @@ def _layer_norm(given: dict[str, Any], tensor: _Take) -> nn.Module | None:
     )
 
 
+def _dropout(given: dict[str, Any], tensor: _Take) -> nn.Module:
+    """As a layer, it drops while the model trains, in whichever mode that was exported."""
+    return nn.Dropout(float(given["p"])).eval()
+
+
+def _channel_dropout(given: dict[str, Any], tensor: _Take) -> nn.Module:
+    kind: Any = {4: nn.Dropout2d, 5: nn.Dropout3d}.get(given["rank"], nn.Dropout1d)
+    layer: nn.Module = kind(float(given["p"]))
+    return layer.eval()
+
+
 def _filled(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -222,4 +235,6 @@ _LAYERS: dict[str, Callable[[dict[str, Any], _Take], nn.Module | None]] = {
     "aten::linear": _linear,
     "aten::batch_norm": _batch_norm,
     "aten::layer_norm": _layer_norm,
+    "aten::dropout": _dropout,
+    "aten::feature_dropout": _channel_dropout,
 }
