@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from espalier.flows.files import from_file
 from espalier.problem import Limit
 from espalier.report.reading import Result
 from espalier.solvers.allocate.program import Program
+from espalier.space import Space, ordinal
 from espalier.study import Study
 from shrink_toys import Small, task, trained
 
@@ -268,3 +271,29 @@ def test_pooling_is_read_from_a_file_as_it_runs(tmp_path: Path, name: str) -> No
     (wanted,) = ort.InferenceSession(path).run(None, {"input": x.numpy()})
     with torch.no_grad():
         assert np.allclose(read(x).numpy(), wanted, atol=1e-5)
+
+
+def test_more_candidates_than_floats_can_say() -> None:
+    space = Space([ordinal(f"width:{i}", *range(1, 9)) for i in range(345)])
+    job = SimpleNamespace(
+        family=SimpleNamespace(space=space),
+        calibrated=SimpleNamespace(samples=200),
+        options=345 * 7,
+    )
+    assert solving.chosen(job, "auto")[0] == "allocate"
+
+
+def test_a_second_metric_that_is_no_number_is_left_out_of_the_card(tmp_path: Path) -> None:
+    class Unsure(Distances):
+        metrics = (*Distances.metrics, esp.Metric("spread", goal="min", how="measured"))
+
+        def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+            return {**super().measure(outputs, targets), "spread": float("nan")}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
+    found = tiny(tmp_path / "run", model, own(Unsure), repair=False, baselines=False)
+    assert found.publish().exists()
+    card = json.loads(Path(found.to_json()["files"]["card"]).read_text())
+    assert "mae" in card["metrics"]
+    assert "spread" not in card["metrics"]

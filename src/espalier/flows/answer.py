@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,7 +50,7 @@ class Answer:
             "task": task.name,
             "family": family.name,
             "candidate": entry.candidate.to_json(),
-            "metrics": {k: r.to_json() for k, r in entry.metrics.items()},
+            "metrics": {k: r.to_json() for k, r in entry.metrics.items() if math.isfinite(r.value)},
             # what a user must do to inputs before the network sees them
             "normalisation": getattr(task, "normalisation", {}),
             "class_names": list(getattr(task, "class_names", None) or []),

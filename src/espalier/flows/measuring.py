@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display
 from espalier.nets import Family
 from espalier.problem import Limit, Metric, Reading, SearchBudget
-from espalier.space import Candidate
+from espalier.space import Candidate, Space
 from espalier.study import Study
 from espalier.tasks import Task
 
@@ -129,6 +130,11 @@ class Measuring:
         finally:
             self.study.event("phase", name=name, seconds=time.time() - self.phase_started)
             self.phase_started = time.time()
+
+
+def how_many(space: Space) -> float:
+    """The candidates of a space, as far as floats go."""
+    return float(min(space.size, sys.float_info.max))
 
 
 # --- a study's folder and identity ---------------------------------------------------------------

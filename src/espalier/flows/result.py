@@ -14,6 +14,7 @@ import numpy as np
 from espalier.costs import layers
 from espalier.errors import StudyError
 from espalier.flows.machine import machine, versions
+from espalier.flows.measuring import how_many
 from espalier.flows.ranking import ranking
 from espalier.solvers.relax.collapse import without_weights
 from espalier.study import Study, Trial
@@ -73,7 +74,7 @@ def question(job: Measuring) -> dict[str, Any]:
         },
         "family": {
             "name": job.family.name,
-            "size": float(job.family.space.size),
+            "size": how_many(job.family.space),
             "decisions": job.family.space.to_json()["decisions"],
         },
         "limits": [

@@ -16,6 +16,7 @@ from espalier.errors import BudgetError, EspalierError, unknown
 from espalier.estimators.calibration import MEASURES
 from espalier.flows.evaluate import Score
 from espalier.flows.fitting import Solve
+from espalier.flows.measuring import how_many
 from espalier.flows.shrinking import LATENCY, Shrinking
 from espalier.problem import Limit, Metrics, Problem
 from espalier.solvers import strategies
@@ -52,7 +53,7 @@ def chosen(job: Shrinking, solver: str) -> tuple[str, str]:
     """
     if solver != "auto":
         return solver, f"asked for: {SOLVERS[solver]}"
-    size, images = job.family.space.size, job.calibrated.samples
+    size, images = how_many(job.family.space), job.calibrated.samples
     read, many = f"{images} training examples", f"{size:,.0f}" if size < 1e6 else f"{size:.2g}"
     options = f"{job.options} options of {len(job.family.space)} decisions"
     if size <= _FEW and images >= _ENOUGH:

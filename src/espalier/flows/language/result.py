@@ -10,6 +10,7 @@ from espalier.flows.language.generating import told
 from espalier.flows.language.limits import KNOWN
 from espalier.flows.language.reproducing import reproduce
 from espalier.flows.machine import machine, versions
+from espalier.flows.measuring import how_many
 from espalier.flows.result import beaten, entry_json
 from espalier.flows.shrunk_result import sensitivity_rows
 
@@ -121,7 +122,7 @@ def question(job: LanguageJob) -> dict[str, Any]:
         },
         "family": {
             "name": f"{job.family.name} ({job.folder.kind})",
-            "size": float(job.family.space.size),
+            "size": how_many(job.family.space),
             "decisions": job.family.space.to_json()["decisions"],
         },
         "limits": [
