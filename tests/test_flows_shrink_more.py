@@ -24,6 +24,7 @@ from espalier.errors import DataError, EspalierError, ExportError, NotInTimeErro
 from espalier.estimators.calibration import Calibrated
 from espalier.flows import solving
 from espalier.flows.files import from_file
+from espalier.flows.given import load_weights
 from espalier.problem import Limit
 from espalier.report.reading import Result
 from espalier.solvers.allocate.program import Program
@@ -297,3 +298,9 @@ def test_a_second_metric_that_is_no_number_is_left_out_of_the_card(tmp_path: Pat
     card = json.loads(Path(found.to_json()["files"]["card"]).read_text())
     assert "mae" in card["metrics"]
     assert "spread" not in card["metrics"]
+
+
+def test_a_file_of_other_things_is_no_weights(tmp_path: Path) -> None:
+    torch.save({1: torch.zeros(2), "a": torch.zeros(1)}, tmp_path / "numbers.pt")
+    with pytest.raises(DataError, match="holds no state dict"):
+        load_weights(trained(), tmp_path / "numbers.pt")

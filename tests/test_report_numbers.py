@@ -90,3 +90,9 @@ def test_labels_of_derived_and_own_metrics() -> None:
     assert numbers.label("latency_ms") == "latency"
     assert numbers.label("loss_validation") == "validation loss"
     assert numbers.label("energy_mj_predicted") == "predicted energy mj"
+
+
+def test_what_is_given_in_per_cent_is_not_multiplied_again():
+    assert numbers.show(93.5, "top1", "%") == "93.5%"
+    assert numbers.show(0.935, "top1", "share") == "93.5%"
+    assert numbers.show(0.935, "accuracy") == "93.5%"

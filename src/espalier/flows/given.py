@@ -228,7 +228,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
     while isinstance(read, Mapping) and (inner := [k for k in _NESTED if k in read]):
         read = read[inner[0]]
-    if not isinstance(read, Mapping) or not all(isinstance(v, Tensor) for v in read.values()):
+    if not isinstance(read, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in read.items()
+    ):
         raise DataError(f"{path} holds no state dict: save model.state_dict() and give that file")
     return dict(read)
 

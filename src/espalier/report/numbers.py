@@ -61,7 +61,7 @@ def kind(metric: str, unit: str = "") -> Kind:
         return "s"
     if unit in ("B", "bytes") or (not unit and metric.endswith("bytes")):
         return "bytes"
-    if unit in ("%", "share") or (not unit and metric.startswith("accuracy")):
+    if unit == "share" or (not unit and metric.startswith("accuracy")):
         return "share"
     return "count" if unit in ("", "params", "parameters", "MACs", "macs") else "plain"
 
@@ -99,6 +99,8 @@ def show(
     if number is None:
         return DASH
     scale = abs(number) if like is None else abs(like)
+    if unit == "%":  # it counts to 100 itself, as in tables of trained networks
+        return share(number / 100, digits=1)
     way = kind(metric, unit)
     if way == "share":
         return share(number, digits=1)
