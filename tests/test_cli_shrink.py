@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import espalier as esp
 from espalier.cli import app
+from espalier.cli.options import loaded
 from espalier.cli.printing import print_explained
 from shrink_toys import Small, task, trained
 
@@ -44,6 +45,14 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {k: v.contiguous() for k, v in trained().state_dict().items()}
     save_file(state, folder / "w.safetensors")
     return folder / "mine.py"
+
+
+def test_what_a_file_makes_stays_as_the_file_made_it(own: Path) -> None:
+    """The line that names a task is told of the command's own copy: others may hold the object."""
+    line = f"{own}:task"
+    assert loaded(line).text == line
+    assert task() is task()
+    assert task().text == ""
 
 
 def words(own: Path, *more: str | Path) -> list[str | Path]:

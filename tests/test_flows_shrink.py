@@ -807,8 +807,14 @@ def test_where_the_answer_is_over_the_limit_after_all_a_baseline_within_it_is_ha
     def slow_once_repaired(*args: Any) -> Ratio:
         return Ratio(10.0 if now[0].startswith("shrunk: ") else 0.5, 0.0, 3)
 
+    def least(job: Any) -> esp.Candidate:
+        found: esp.Candidate = job.family.space.decode(job.family.space.corner(last=False))[0]
+        return found
+
     monkeypatch.setattr("espalier.flows.shrinking.ratio", slow_once_repaired)
     monkeypatch.setattr("espalier.flows.shrink._TIGHTER", (1.0, 0.01))  # the second: out of reach
+    # in so small a space a noisy table can lead every way to the answer's own candidate
+    monkeypatch.setattr("espalier.flows.shrink.rivals", lambda job: {"uniform width": least(job)})
     found = tiny_shrink(
         tmp_path / "run",
         within={LATENCY: "95%", "bytes": "90%"},  # the original itself is too large
@@ -816,7 +822,7 @@ def test_where_the_answer_is_over_the_limit_after_all_a_baseline_within_it_is_ha
         reuse=timed.folder,
         **{**TIMED, "baselines": True},
     )
-    assert found.best.name in ("uniform width", "global threshold", "random")
+    assert found.best.name == "uniform width"
     result = found.to_json()
     assert "Over the limit as measured and left out: the answer of allocate." in result["verdicts"]
     assert any("was over the limits once it was repaired" in n for n in result["notes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,8 +90,9 @@ def loaded(text: str) -> Any:
     made = getattr(module, name)
     try:
         found = made() if callable(made) and _takes_nothing(made) else made
-        if hasattr(found, "batches"):
-            found.text = text  # a task: what runs it again is told by the report
+        if hasattr(found, "batches"):  # a task: what runs it again is told by the report
+            found = copy.copy(found)  # the file's own object may be in use elsewhere
+            found.text = text
         return found
     except EspalierError:
         raise
