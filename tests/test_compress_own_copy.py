@@ -116,9 +116,13 @@ def test_what_is_no_model_or_no_example_is_refused_in_a_line() -> None:
     ):
         with pytest.raises(EspalierError, match=told):
             Pretrained(wrong, X)
-    for wrong in ((X,), {"x": X}, X.numpy(), torch.tensor(1.0)):
+    for wrong in ((X,), {"x": X}, X.numpy()):
         with pytest.raises(EspalierError, match="an example is a tensor"):
             Pretrained(model, wrong)
+        with pytest.raises(EspalierError, match="calibration data is a tensor"):
+            Pretrained(model, X, calibration=wrong)
+    with pytest.raises(EspalierError, match="an example is a tensor"):
+        Pretrained(model, torch.tensor(1.0))
     with pytest.raises(EspalierError, match="cuts are such as"):
         Pretrained(model, X, ("width",))
     assert Pretrained(model, X, Widths(multiple=1)).space.names == ("width:0", "width:2")

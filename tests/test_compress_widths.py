@@ -622,6 +622,15 @@ def test_scores_decide_which_units_stay() -> None:
         bound.with_scores({"x": given})
     with pytest.raises(EspalierError, match="keeps 1 to 6 units, got 7"):
         bound.kept({"width:0": 7})
+    with pytest.raises(EspalierError, match="unknown group 'x'"):
+        Widths(scores={"x": given}).bind(model, x)
+    left_alone = bound.ignored[0].layer
+    assert (
+        Widths(scores={left_alone: given[:3]})
+        .bind(model, x)
+        .order["0"]
+        .equal(Widths().bind(model, x).order["0"])
+    )
 
 
 @pytest.mark.parametrize(

@@ -865,6 +865,7 @@ class Pair(nn.Module):
         (Small(7), "width 7, the task digits needs 10"),
         (Pair(), "one tensor, got tuple"),
         (nn.Sequential(nn.Linear(3, 10)), "does not run on an input"),
+        (Small().half(), r"weights are float16: give model.float\(\)"),
         (lambda: 3, "must give a torch.nn.Module, got int"),
         (3, "got int"),
         ("absent.pt2", "absent.pt2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class Pretrained(Family):
         if not isinstance(example, Tensor) or not example.dim():
             what = type(example).__name__
             raise EspalierError(f"an example is a tensor of inputs (b, ...), got {what}")
+        if not isinstance(calibration, (Tensor, NoneType)):
+            what = type(calibration).__name__
+            raise EspalierError(f"calibration data is a tensor of inputs (b, ...), got {what}")
         self.model: nn.Module = own_copy(model)
         self._example = example.detach().cpu().contiguous()
         without_nesting(self.model, self._example)

@@ -40,7 +40,8 @@ class Widths(Cut):
     - `least`: the least share that may be left. `steps`: options of a decision, at the most.
     - `importance`: which channels go first ("magnitude", "bn", "taylor", "activation", see
       `importance.scores`). The last two need data: until `with_scores` the order is by magnitude.
-    - `scores`: importance of each unit by group, from elsewhere.
+    - `scores`: importance of each unit by group, from elsewhere; those of groups that can't be cut
+      are not read.
     - `heads`: whether attention heads are cut.
 
     Errors: `EspalierError` for settings out of range, and for models that can't be run.
@@ -69,7 +70,8 @@ class Widths(Cut):
         found = discover(model, _few(model, example), self._unwanted)
         kind = self.importance if self.importance == "bn" else "magnitude"
         given = scores(model, found.groups, kind)
-        given.update({k: v for k, v in (self.scores or {}).items() if k in found.groups})
+        left_alone = {row.layer for row in found.ignored}
+        given.update({k: v for k, v in (self.scores or {}).items() if k not in left_alone})
         decisions = tuple(
             Ordinal(PREFIX + name, self.options(group)) for name, group in found.groups.items()
         )

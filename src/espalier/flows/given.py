@@ -123,11 +123,18 @@ def _run(model: nn.Module, example: Tensor, task: Task, batch: int | None) -> An
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         text = (
             f"the model does not run on an input of the task {task.name}, shape "
-            f"{tuple(example.shape)}: {first}"
+            f"{tuple(example.shape)}: {first}{_rounded(model)}"
         )
         if batch not in (None, len(example)):
             text = f"{_fixed(batch)} ({first})"
         raise EspalierError(text) from error
+
+
+def _rounded(model: nn.Module) -> str:
+    """What to do where a model's weights are of another type than inputs."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    told = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return f" (its weights are {told}: give model.float())" if kinds else ""
 
 
 def _fixed(batch: int | None) -> str:
