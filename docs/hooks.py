@@ -39,7 +39,7 @@ def _table(command: Any) -> str:
         if p.name == "help":
             continue
         option = p.param_type_name == "option"
-        names = ", ".join(f"`{o}`" for o in p.opts) if option else f"`{p.name.upper()}`"
+        names = ", ".join(f"`{o}`" for o in (*p.opts, *p.secondary_opts)) if option else f"`{p.name.upper()}`"
         text = (getattr(p, "help", None) or "").replace("|", r"\|")
         shown = p.default is not None and p.default is not False and not callable(p.default)
         rows.append(f"| {names} | {text} | {f'`{p.default}`' if option and shown else ''} |")

@@ -21,7 +21,8 @@ def bench(
     table: Annotated[
         str,
         typer.Option(
-            help="A table by name: digits ships with Espalier; nb201, nb_macro, nb_graph, hw_gpt "
+            help="A table by name: digits ships with Espalier; nb201, nb_macro, nb_graph, nb_nlp, "
+            "hw_gpt "
             "are read from ESPALIER_DATA. Options follow a colon: nb201:dataset=cifar100."
         ),
     ] = "digits",

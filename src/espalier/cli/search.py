@@ -35,7 +35,10 @@ def search(
     ] = "digits",
     family: Annotated[
         str,
-        typer.Option(help="mobilenet, resnet, or my.py:MyFamily, called with (shape, classes)."),
+        typer.Option(
+            help="mobilenet, resnet, multipath, superkernel, hierarchical-vit, hybrid, nb201-supernet, "
+            "close, darts, or my.py:MyFamily, called with (shape, classes)."
+        ),
     ] = "mobilenet",
     max_: Annotated[
         list[str] | None,
@@ -51,7 +54,13 @@ def search(
             help="What the search may spend: 2min, 90s, '300 trials', '10min, 500 trials'."
         ),
     ] = "2min",
-    strategy: Annotated[str, typer.Option(help="nsga2, evolution or random.")] = "nsga2",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="nsga2, evolution, random, or another of the reference: guided, local, grid, "
+            "eeea, mcts, reinforce, tpe, gp, cmaes."
+        ),
+    ] = "nsga2",
     solver: Annotated[
         str,
         typer.Option(

@@ -223,7 +223,7 @@ APT is lower than each of the others in 5 of 5 draws at both patterns: there the
 two to four times as long as SparseGPT's rule on these layers. Other orders of choosing were not tuned: 8
 rounds gave 3.76 and 16 gave 3.72 on one draw at 50%.
 
-The byte model (`recipes/language.py`, 1,066,624 weights, text like what it was trained on) was looked at
+The byte model (`recipes/_parts/language.py`, 1,066,624 weights, text like what it was trained on) was looked at
 for one draw so far, which is no verdict: 1.668 bits per byte before pruning; at 2:4 magnitude
 2.116, Wanda 2.103, SparseGPT 1.765, APT 1.717; at 50% magnitude 1.773, Wanda 1.787, SparseGPT
 1.718, APT not run. APT took 19 s of one thread for it and SparseGPT's rule 3 s, so five draws of everything

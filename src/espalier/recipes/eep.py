@@ -169,7 +169,7 @@ experts and the router's new logits are mixed by separate matrices, both mutated
 
 Beside it stand the same search started from what the router's statistics choose, and a refit: the last
 maps of the experts that stay are fitted together, by least squares, to what each layer gave before
-(`espalier.compress.language.Experts` does so by default). It too needs forward passes alone.
+(`espalier.compress.language.ExpertCount` does so by default). It too needs forward passes alone.
 
 Obtained here by `python benchmarks/recipes.py eep --scale cpu --seeds 5`, which `python
 benchmarks/language_experts.py` repeats to the last digit, with 5 seeds of calibration and held-out windows of one

@@ -247,7 +247,7 @@ layer that differs, on kept inputs of that layer. Where units differ in size the
 counted a weight. The divergence is Jensen and Shannon's; the paper compares several.
 
 The model is trained here: 1,066,624 weights, six blocks, bytes of the standard library's source
-(`recipes/language.py`). Windows are from text it was trained on, held-out text is not.
+(`recipes/_parts/language.py`). Windows are from text it was trained on, held-out text is not.
 
 Obtained here by `python benchmarks/recipes.py finercut --scale cpu --seeds 5` (10 windows of 256 bytes, 5
 seeds of five draws; 16 windows of held-out text; mean bits per byte, 1.642 with all 12; a greedy search of
