@@ -15,6 +15,7 @@ import torch
 
 import espalier as esp
 from espalier.flows.progress import Silent
+from quick import QUICK
 from shrink_toys import task, trained
 
 
@@ -39,7 +40,7 @@ def shrunk(folder: Path, **more: Any) -> esp.Shrunk:
     return esp.shrink(
         trained(), task(), within={"bytes": "60%"}, decisions="width:multiple=4/steps=3,depth",
         solver="allocate", recipe=esp.Recipe(epochs=2, lr=0.02), budget="10 trials",
-        on=esp.costs.OnnxRuntime(seconds=0.02, precision=0.5), seed=3, out=folder, **more,
+        on=QUICK, seed=3, out=folder, **more,
     )  # fmt: skip
 
 

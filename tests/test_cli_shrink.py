@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import espalier as esp
-from espalier.cli import app
-from espalier.cli.options import loaded
+from espalier.cli import app, shrink
+from espalier.cli.options import loaded_task
 from espalier.cli.printing import print_explained
+from quick import QUICK
 from shrink_toys import Small, task, trained
 
 pytest.importorskip("ortools")
@@ -50,7 +53,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_file_makes_stays_as_the_file_made_it(own: Path) -> None:
     """The line that names a task is told of the command's own copy: others may hold the object."""
     line = f"{own}:task"
-    assert loaded(line).text == line
+    assert loaded_task(line).text == line
     assert task() is task()
     assert task().text == ""
 
@@ -62,8 +65,20 @@ def words(own: Path, *more: str | Path) -> list[str | Path]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Timings are short; the options of the runtime are asked as ever."""
+
+    def runtime(device: str, threads: int, batch: int) -> Any:
+        return replace(QUICK, device=device, threads=threads, batch=batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shrink.__globals__, "runtime", runtime)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(own: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def finished(quick: None, own: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     out = tmp_path_factory.mktemp("cli") / "run"
     done = espalier(
         *words(own, "--max", "bytes=60%", "--budget", "1s", "--out", out, "--seed", "2", "--json"),

@@ -21,6 +21,7 @@ from espalier.flows.shrink import pretrained
 from espalier.problem import Metric
 from espalier.solvers.allocate import Program, cost_factors
 from espalier.tasks.tensors import TensorTask
+from quick import QUICK
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("ortools")
@@ -64,7 +65,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bert_is_shrunk_by_an_own_task_of_word_numbers(bert: Path, tmp_path: Path) -> None:
     found = esp.shrink(
         bert, FirstWord(), within={"params": "70%"}, budget="3 trials", decisions="width:steps=2,depth",
-        repair=False, baselines=False, out=tmp_path / "run",
+        repair=False, baselines=False, on=QUICK, out=tmp_path / "run",
     )  # fmt: skip
     network, ids = found.network(), torch.randint(0, WORDS, (3, LENGTH))
     original = transformers.BertForSequenceClassification.from_pretrained(bert).eval()

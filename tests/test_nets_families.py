@@ -183,11 +183,8 @@ def test_an_unknown_family_names_the_nearest():
 
 @pytest.mark.parametrize("name", sorted(set(nets.FAMILIES) - set(SCALED)))
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 17, 13)], ids=str)
-def test_every_family_takes_any_image_or_says_what_it_takes(name, shape):
-    try:
-        family = nets.make(name, shape, 3)
-    except (DataError, SpaceError):
-        return
+def test_every_family_takes_any_image(name, shape):
+    family = nets.make(name, shape, 3)
     smallest = family.space.decode(family.space.repair(family.space.corner(False), RNG))[0]
     assert family.build(smallest)(family.example(2)).shape == (2, 3)
 

@@ -40,7 +40,12 @@ def test_every_strategy_passes_on_a_mixed_space(name: str) -> None:
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
 @pytest.mark.parametrize("space", [suite.small_space(), WIDE], ids=["small", "wide"])
 def test_every_strategy_passes_on_other_spaces(name: str, space: Space) -> None:
-    suite.check_strategy(make(name), space, learns=False)
+    made = make(name)
+    suite.check_batches(made, space)
+    suite.check_seed(made, space)
+    for objectives in (1, 2):
+        suite.check_state(made, space, objectives)
+    suite.check_refused(made, space)
 
 
 class Repeats(Random):

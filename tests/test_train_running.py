@@ -13,6 +13,7 @@ import espalier as esp
 from espalier.compress import Pretrained, Widths, repair
 from espalier.tasks import tensors
 from espalier.train.running import laid_out, lay_out
+from quick import QUICK
 
 COLOURS = (3, 8, 8)
 
@@ -89,8 +90,8 @@ def test_every_stage_takes_what_needs_rows_of_pixels(network, shape) -> None:
 
 def test_a_model_that_flattens_by_view_is_shrunk(images, tmp_path: Path) -> None:
     found = esp.shrink(
-        Flattening(), images, within={"params": "70%"}, budget="8s", out=tmp_path / "small",
-        decisions="width:multiple=1,bits",
+        Flattening(), images, within={"params": "70%"}, budget="1s", out=tmp_path / "small",
+        decisions="width:multiple=1,bits", baselines=False, on=QUICK,
     )  # fmt: skip
     assert found.publish().exists()
     assert found.best.metrics["params"].value <= 0.7 * found.original.metrics["params"].value
