@@ -78,6 +78,21 @@ def test_each_measure_is_what_torch_gives(task: object, batch: bool) -> None:
         assert estimator.harm(candidates) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+def test_divergence_is_a_mean_over_labels(task: object) -> None:
+    """Of words, the classes last or in one row; a constant added to one place's changes nothing."""
+    estimator = Calibrated(Scaled(), task, measure="divergence", images=4)  # type: ignore[arg-type]
+    rng = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 3, 5, 7, generator=rng)
+    targets, none = torch.zeros(3, 5, dtype=torch.long), torch.empty(0)
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum(-1).mean()
+    shift = torch.zeros(3, 5, 1).index_fill(1, torch.tensor([2]), 9.0)
+    for moved in (after, after + shift):
+        for shape in ((3, 5, 7), (3, 35)):
+            got = estimator._change(moved.reshape(shape), before.reshape(shape), none, targets)
+            assert got == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_it_conforms_and_reads_train_only(task: object, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     batches = type(task).batches

@@ -3,8 +3,10 @@ the clock and the runtime are stood in for where numbers matter."""
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import weakref
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -226,6 +228,36 @@ def test_a_device_that_this_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(session, "ort", fake)
     with pytest.raises(EspalierError, match="can't run on 'cuda'"):
         OnnxRuntime("cuda")
+
+
+def test_bound_memory_lives_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older runtimes keep no hold of what is bound to them: the arrays are the memory."""
+    from espalier.costs import session
+
+    class Value:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+    made: list[weakref.ref[Value]] = []
+
+    def value(array: Any) -> Value:
+        new = Value(array)
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(session.ort.OrtValue, "ortvalue_from_numpy", value)
+    nothing = lambda *args: None  # noqa: E731
+    binding = SimpleNamespace(bind_ortvalue_input=nothing, bind_ortvalue_output=nothing)
+    opened: Any = SimpleNamespace(
+        run=lambda names, inputs: [np.zeros(3)],
+        io_binding=lambda: binding,
+        get_outputs=lambda: [SimpleNamespace(name="y")],
+        run_with_iobinding=nothing,
+    )
+    run = session.bind(opened, {"x": np.zeros(2)})
+    gc.collect()
+    assert [len(each().array) for each in made] == [2, 3]  # type: ignore[union-attr]
+    run()
 
 
 # --- ONNX files ----------------------------------------------------------------------------------

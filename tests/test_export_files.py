@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from espalier.compress import Bits, Pretrained
 from espalier.errors import ExportError
 from espalier.export import export, to_onnx
 from espalier.export import exported as exported_module
@@ -189,6 +190,40 @@ class FixedBatch(nn.Module):
         return x.reshape(2, 12).sum(1, keepdim=True)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+def test_inputs_that_may_be_indices_are_not_made_up(tmp_path: Path, kind: torch.dtype) -> None:
+    """Bytes come as floats, too; the card says what to give."""
+
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(11, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.table(x.long()).mean(1))  # type: ignore[no-any-return]
+
+    example = torch.tensor([[0, 3, 10, 7, 1], [2, 2, 9, 0, 4]]).to(kind)
+    family = Pretrained(Bytes().eval(), example, (Bits((8, 32)),))
+    assert torch.equal(family.example(3), example[[0, 1, 0]])
+    done = export(Bytes().eval(), family.example(2), tmp_path)
+    load = json.loads(done.files["card"].read_text())["files"]["onnx"]["load"]
+    assert f"a {str(kind).removeprefix('torch.')} numpy array" in load[-1]
+
+
+def test_a_file_that_does_not_run_is_told_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise RuntimeError("no kernel for this\nand more")
+
+    monkeypatch.setattr("espalier.export.check.open_onnx", broken)
+    with pytest.raises(
+        ExportError, match=r"the onnx file does not run .* no kernel for this; noth"
+    ):
+        export(nn.Linear(3, 2).eval(), torch.zeros(1, 3), tmp_path / "new", formats=["onnx"])
+    assert not (tmp_path / "new" / "network.onnx").exists()
+
+
 def test_a_network_of_one_batch_is_exported_with_it(tmp_path: Path) -> None:
     done = export(FixedBatch(), torch.zeros(2, 3, 4), tmp_path, inputs=torch.rand(7, 3, 4))
     card = json.loads(done.files["card"].read_text())
@@ -328,6 +363,7 @@ def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
 
 FULL = """
 import resource, sys, torch
+from espalier.compress import Bits, Pretrained
 from espalier.errors import ExportError
 from espalier.export import export
 network = torch.nn.Linear(200, 200)

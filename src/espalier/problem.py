@@ -260,6 +260,16 @@ _DURATION = re.compile(
 )
 
 
+def tightest(found: Iterable[Limit]) -> tuple[Limit, ...]:
+    """Of limits on one metric in one direction, none of them relative, that which implies the rest."""
+    out: dict[tuple[str, str], Limit] = {}
+    for limit in found:
+        held = out.setdefault((limit.metric, limit.op), limit)
+        if (limit.bound < held.bound) if limit.op == "<=" else (limit.bound > held.bound):
+            out[limit.metric, limit.op] = limit
+    return tuple(out.values())
+
+
 @dataclass(frozen=True)
 class SearchBudget:
     """What the search itself may spend: wall seconds, trials, or both (whichever ends first)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from espalier.cli.options import (
     limits,
     one_line_errors,
 )
+from espalier.cli.printing import print_json
 
 
 def bench(
@@ -104,7 +104,7 @@ def bench(
             quiet=quiet or as_json,
         )
         if as_json:
-            print(json.dumps(result))
+            print_json(result)
         else:
             _print_race(result, files["html"])
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from espalier.cli.printing import print_explained, print_found
+from espalier.cli.printing import print_explained, print_found, print_json
 from espalier.errors import EspalierError
 
 
@@ -61,7 +60,7 @@ def in_memory(
 
     if explain:
         rows = explain_language(model, asked["within"], asked["decisions"], asked["grouped"])
-        print(json.dumps(rows)) if as_json else print_explained(rows)
+        print_json(rows) if as_json else print_explained(rows)
         return
     assert text is not None
     spend = SearchBudget.parse(asked.pop("budget"))
@@ -69,7 +68,7 @@ def in_memory(
     found = shrink_language(model, text, budget=spend, progress=show, **asked)
     page = found.publish()
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     else:
         print_found(found.to_json(), page, "shrunk")
 
@@ -99,7 +98,7 @@ def in_layers(
     show = display(None, quiet or as_json)
     found = shrink_in_layers(model, text, memory=int(size), progress=show, **asked)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
         return
     console = Console()
     for line in found.lines():

@@ -64,8 +64,11 @@ def runtime(device: str, threads: int, batch: int) -> Any:
     return OnnxRuntime(device=device, threads=threads, batch=batch)
 
 
-def loaded(text: str) -> Any:
-    """A name as it is, or the object that `file.py:name` points to: the user's own file."""
+def loaded(text: str, defaults: bool = False) -> Any:
+    """A name as it is, or the object that `file.py:name` points to: the user's own file.
+
+    A function that takes nothing is called; with `defaults` one that needs nothing, too.
+    """
     path, _, name = text.partition(":")
     if not path.endswith(".py"):
         return text
@@ -89,11 +92,7 @@ def loaded(text: str) -> Any:
         raise EspalierError(f"{path!r} has no {name!r}: write my.py:name, a file and a name in it")
     made = getattr(module, name)
     try:
-        found = made() if callable(made) and _takes_nothing(made) else made
-        if hasattr(found, "batches"):  # a task: what runs it again is told by the report
-            found = copy.copy(found)  # the file's own object may be in use elsewhere
-            found.text = text
-        return found
+        return made() if callable(made) and _takes_nothing(made, defaults) else made
     except EspalierError:
         raise
     except Exception as error:
@@ -106,7 +105,20 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _takes_nothing(made: Any) -> bool:
+def _takes_nothing(made: Any, defaults: bool) -> bool:
     import inspect
 
-    return not inspect.signature(made).parameters
+    parameters = inspect.signature(made).parameters.values()
+    return all(defaults and p.default is not p.empty for p in parameters)
+
+
+def loaded_task(text: str) -> Any:
+    """A task's name, or the task of the user's own file; the report tells the line that names it."""
+    found = loaded(text, defaults=True)
+    if isinstance(found, str):
+        return found
+    if not hasattr(found, "batches"):
+        raise EspalierError(f"{text!r} must give a task, got {type(found).__name__}")
+    found = copy.copy(found)  # the file's own object may be in use elsewhere
+    found.text = text
+    return found

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 _SHOWN = 6  # names of layers that are left alone for one reason
+
+
+def print_json(value: Any) -> None:
+    """A value as one line of strict JSON: what is not finite is null."""
+    from espalier.report.reading import plain
+
+    print(json.dumps(plain(value), allow_nan=False))
 
 
 def print_explained(rows: list[dict[str, Any]]) -> None:

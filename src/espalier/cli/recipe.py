@@ -13,6 +13,7 @@ from espalier.cli.options import (
     Json,
     one_line_errors,
 )
+from espalier.cli.printing import print_json
 
 
 def recipe_list(as_json: Json = False) -> None:
@@ -22,7 +23,7 @@ def recipe_list(as_json: Json = False) -> None:
 
         rows = [r.about() for r in recipes.all_recipes()]
         if as_json:
-            print(json.dumps(rows))
+            print_json(rows)
         else:
             for row in rows:
                 print(f"{row['name']:<20} {row['title']}")
@@ -49,6 +50,6 @@ def recipe_run(
 
         outcome = recipes.run(name, scale=scale, seed=seed, out=out)
         if as_json:
-            print(json.dumps(outcome))
+            print_json(outcome)
         else:
             Console().print_json(json.dumps(outcome.get("check", outcome)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +18,11 @@ from espalier.cli.options import (
     Threads,
     limits,
     loaded,
+    loaded_task,
     one_line_errors,
     runtime,
 )
-from espalier.cli.printing import print_found
+from espalier.cli.printing import print_found, print_json
 
 
 def search(
@@ -98,7 +98,7 @@ def search(
         spend = SearchBudget.parse(budget)
         found = run(
             loaded(family),
-            loaded(task),
+            loaded_task(task),
             within=limits(max_ or []),
             on=runtime(device, threads, batch),
             budget=spend,
@@ -113,6 +113,6 @@ def search(
         )
         page = found.publish()
         if as_json:
-            print(json.dumps(found.to_json()))
+            print_json(found.to_json())
         else:
             print_found(found.to_json(), page)

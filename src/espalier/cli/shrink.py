@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from espalier.cli.options import (
     Threads,
     limits,
     loaded,
+    loaded_task,
     one_line_errors,
     runtime,
 )
-from espalier.cli.printing import print_explained, print_found
+from espalier.cli.printing import print_explained, print_found, print_json
 from espalier.errors import EspalierError
 
 _USUAL = "width,depth"
@@ -98,8 +98,10 @@ def _explained(
     """What could be decided on a module or a file; printed."""
     from espalier.flows.explain import explain
 
-    rows = explain(_given(model), loaded(task), weights=weights, decisions=decisions, seed=seed)
-    print(json.dumps(rows)) if as_json else print_explained(rows)
+    rows = explain(
+        _given(model), loaded_task(task), weights=weights, decisions=decisions, seed=seed
+    )
+    print_json(rows) if as_json else print_explained(rows)
 
 
 def _shrunk(
@@ -113,10 +115,12 @@ def _shrunk(
     given = _given(model)
     spend = SearchBudget.parse(asked.pop("budget"))
     show = display(spend.seconds, quiet or as_json)
-    found = shrink(given, loaded(task), within=limits(most), budget=spend, progress=show, **asked)
+    found = shrink(
+        given, loaded_task(task), within=limits(most), budget=spend, progress=show, **asked
+    )
     page = found.publish()
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     else:
         name = found.best.name
         shown = "shrunk" if name == "shrunk" else f"shrunk: {name}"  # a baseline that was better

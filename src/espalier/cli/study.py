@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +15,7 @@ from espalier.cli.options import (
     one_line_errors,
     runtime,
 )
-from espalier.cli.printing import shown
+from espalier.cli.printing import print_json, shown
 
 if TYPE_CHECKING:
     from espalier.problem import Reading
@@ -38,7 +37,7 @@ def measure(
 
         priced: dict[str, Reading] = price_onnx(model, runtime(device, threads, batch), note)
         if as_json:
-            print(json.dumps({k: r.to_json() for k, r in priced.items()}))
+            print_json({k: r.to_json() for k, r in priced.items()})
             return
         from rich.table import Table
 
@@ -60,7 +59,7 @@ def report(
 
         files = write(read_result(run), run)
         if as_json:
-            print(json.dumps({k: str(v) for k, v in files.items()}))
+            print_json({k: str(v) for k, v in files.items()})
         else:
             for name, path in files.items():
                 print(f"{name}: {path}")

@@ -21,6 +21,7 @@ from espalier.compress.own_copy import own_copy
 from espalier.compress.pieces.units import Unit, Units
 from espalier.errors import EspalierError
 from espalier.export import deployed
+from espalier.export.check import whole_numbers
 from espalier.nets import Family
 from espalier.space import Candidate, Decision, Option, Space
 
@@ -126,8 +127,9 @@ class Pretrained(Family):
         return network.eval()
 
     def example(self, batch: int = 1) -> Tensor:
-        """Zeros of the input's shape and type; rows of the example where it holds whole numbers."""
-        if self._example.is_floating_point():
+        """Zeros of the input's shape and type; rows of the example where it holds whole numbers, which
+        may be indices, as floats too."""
+        if self._example.is_floating_point() and not whole_numbers(self._example):
             return torch.zeros(batch, *self.shape, dtype=self._example.dtype)
         times = -(-batch // len(self._example))
         return self._example.repeat(times, *[1] * len(self.shape))[:batch]

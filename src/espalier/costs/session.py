@@ -106,18 +106,29 @@ def bind(session: ort.InferenceSession, inputs: dict[str, NDArray[Any]]) -> Call
     Binding leaves out what Python does around a run. Inputs and outputs are in host memory, so on
     other devices the copies are part of the time. Errors: `DataError` when the model does not run.
     """
+    held: list[Any] = []  # older runtimes bind memory without keeping it alive
+
+    def value_of(array: NDArray[Any]) -> ort.OrtValue:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        held.extend((array, value))
+        return value
+
     try:
         outputs = session.run(None, inputs)
         binding = session.io_binding()
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+            binding.bind_ortvalue_input(name, value_of(array))
         for entry, value in zip(session.get_outputs(), outputs, strict=True):
             if isinstance(value, np.ndarray):
-                binding.bind_ortvalue_output(entry.name, ort.OrtValue.ortvalue_from_numpy(value))
+                binding.bind_ortvalue_output(entry.name, value_of(value))
             else:
                 binding.bind_output(entry.name)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         shapes = {name: array.shape for name, array in inputs.items()}
         raise DataError(f"the ONNX model does not run on inputs {shapes}: {first}") from error
-    return lambda: session.run_with_iobinding(binding)
+
+    def run(held: Any = held) -> None:
+        session.run_with_iobinding(binding)
+
+    return run

@@ -18,12 +18,12 @@ _LOAD = {
     "onnx": [
         "import onnxruntime",
         "session = onnxruntime.InferenceSession({file!r})",
-        'outputs = session.run(None, {{"input": inputs}})[0]  # inputs: a float32 numpy array',
+        'outputs = session.run(None, {{"input": inputs}})[0]  # inputs: a {dtype} numpy array',
     ],
     "pt2": [
         "import torch",
         "network = torch.export.load({file!r}).module()",
-        "outputs = network(inputs)  # inputs: a float32 torch tensor",
+        "outputs = network(inputs)  # inputs: a {dtype} torch tensor",
     ],
     "safetensors": [
         "from safetensors.torch import load_model",
@@ -33,9 +33,9 @@ _LOAD = {
 }
 
 
-def how_to_load(form: str, file: str) -> list[str]:
-    """Three lines of Python that load the file, run in the folder it lies in."""
-    return [line.format(file=file) for line in _LOAD[form]]
+def how_to_load(form: str, file: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Three lines of Python that load the file, run in the folder it lies in; `dtype` of inputs."""
+    return [line.format(file=file, dtype=_name(dtype)) for line in _LOAD[form]]
 
 
 def card(
@@ -73,8 +73,12 @@ def _described(tensor: Tensor, dynamic: bool) -> dict[str, Any]:
     batch: str | int = "batch" if dynamic else int(tensor.shape[0])
     return {
         "shape": [batch, *map(int, tensor.shape[1:])],
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": _name(tensor.dtype),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str:

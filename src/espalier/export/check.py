@@ -96,13 +96,19 @@ def deviation(forward: Forward, network: nn.Module, inputs: list[Tensor]) -> flo
 def trials(example: Tensor, dynamic: bool, seed: int = 0) -> list[Tensor]:
     """Random inputs like the example: normal numbers of several batches where it is dynamic.
 
-    Inputs of whole numbers can't be made up (they may be indices): the example itself is used.
+    Inputs of whole numbers can't be made up (they may be indices, as floats too): the example itself
+    is used.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = (1, 2, 5) if dynamic else (len(example),) * 3
-    if not example.is_floating_point():
+    if not example.is_floating_point() or whole_numbers(example):
         return [example[:1].repeat_interleave(b, dim=0) if dynamic else example for b in batches]
     return [torch.randn(b, *example.shape[1:], generator=generator) for b in batches]
+
+
+def whole_numbers(example: Tensor) -> bool:
+    """Whether floats may be indices: more than two values, all of them whole."""
+    return bool((example == example.round()).all()) and len(torch.unique(example)) > 2
 
 
 def chunks(inputs: Tensor, example: Tensor, dynamic: bool) -> list[Tensor]:

@@ -66,7 +66,7 @@ def export(
             name: _write(name, twin, example, program, stage / f"{stem}.{name}") for name in wanted
         }
         found = {n: _compared(n, p, twin, example, inputs, dynamic) for n, p in paths.items()}
-        files = {n: _entry(n, p, found[n]) for n, p in paths.items()}
+        files = {n: _entry(n, p, found[n], example) for n, p in paths.items()}
         disk.write(stage / f"{stem}.json", to_card(example, output, dynamic, files, card or {}))
         disk.settle(stage, folder)
     places = {name: folder / path.name for name, path in paths.items()}
@@ -113,6 +113,26 @@ def _compared(
     inputs: Tensor | None,
     dynamic: bool,
 ) -> dict[str, float]:
+    """The largest differences; `ExportError` for a file that can't be read back or run, too."""
+    try:
+        return _gaps(form, path, network, example, inputs, dynamic)
+    except ExportError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"the {form} file does not run as the network does: {first}; nothing was written"
+        ) from error
+
+
+def _gaps(
+    form: str,
+    path: Path,
+    network: nn.Module,
+    example: Tensor,
+    inputs: Tensor | None,
+    dynamic: bool,
+) -> dict[str, float]:
     if form == "onnx":
         forward = check.open_onnx(path)
     elif form == "pt2":
@@ -136,10 +156,10 @@ def _compared(
     return gaps
 
 
-def _entry(form: str, path: Path, gaps: Mapping[str, float]) -> dict[str, Any]:
+def _entry(form: str, path: Path, gaps: Mapping[str, float], example: Tensor) -> dict[str, Any]:
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
         "difference": dict(gaps),
-        "load": how_to_load(form, path.name),
+        "load": how_to_load(form, path.name, example.dtype),
     }

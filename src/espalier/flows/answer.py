@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from espalier import report
-from espalier.errors import ExportError
+from espalier.errors import EspalierError, ExportError
 from espalier.export import Exported, export
 from espalier.flows.finals import Entry
 from espalier.flows.measuring import Measuring
@@ -95,9 +95,12 @@ class Answer:
         dynamic = json.loads(exported.files["card"].read_text())["dynamic_batch"]
         if job.runtime.batch > 1 and not dynamic:
             return []
-        ms = job.file_latency(path)
-        if limit.violation([ms])[0] > 0:
-            ms = median([ms, *(job.file_latency(path) for _ in range(_LOOKS - 1))])
+        try:
+            ms = job.file_latency(path)
+            if limit.violation([ms])[0] > 0:
+                ms = median([ms, *(job.file_latency(path) for _ in range(_LOOKS - 1))])
+        except EspalierError as error:
+            return [f"{path.name}, {_WRITTEN}: {error}"]
         word = "over" if limit.violation([ms])[0] > 0 else "within"
         self._result["file_latency_ms"] = ms
         return [f"{path.name}, {_WRITTEN}: {ms:.4g} ms, {word} the limit of {limit.bound:.4g} ms."]

@@ -34,9 +34,10 @@ def best_fitted(
     job: Shrinking, name: str, solves: Mapping[str, Solve], tighten: float = 1.0
 ) -> dict[str, Candidate]:
     """What several ways to solve find: the best by validation, after statistics and least squares,
-    comes first and has `name`; the others have the names of their ways.
+    comes first and has `name`; the others have the names of their ways. Where no way keeps the
+    limits as measured, the candidate of the least latency is the answer, if it does.
 
-    Errors: `BudgetError` of the first, where none keeps the limits.
+    Errors: `BudgetError` with what is reachable, or that of the first way.
     """
     found: dict[Candidate, str] = {}
     refused: list[EspalierError] = []
@@ -46,7 +47,7 @@ def best_fitted(
         except (BudgetError, NotInTimeError) as error:
             refused.append(error)
     if not found:
-        raise refused[0]
+        return {name: _cheapest_or(refused[0], job, name, tighten)}
     if len(found) == 1:
         return {name: next(iter(found))}
     best = max(found, key=lambda candidate: mended(job, name, candidate))
@@ -57,8 +58,8 @@ def fitted(job: Shrinking, name: str, solve: Solve, tighten: float = 1.0) -> Can
     """The best candidate that keeps every limit as measured, found in a few rounds.
 
     `solve` reads limits on predicted latency; each round corrects that limit by what its answer
-    measures. `tighten` asks for less than the limit. Every round is recorded in `job.rounds`.
-    Errors: `BudgetError` with what is reachable.
+    measures. `tighten` asks for less than the limit. Every round is noted in `job.rounds`.
+    Errors: `BudgetError` where none of its answers does.
     """
     limit = job.latency_limit
     if limit is None or job.predicted is None:
@@ -107,7 +108,10 @@ class _Fitting:
             if abs(following - bound) < 0.003 * bound:
                 break
             bound = following
-        return self.kept[1] if self.kept else cheapest(job, self.name, self.wanted)
+        if self.kept:
+            return self.kept[1]
+        told = f": the least took {min(self.times.values()):.4g} ms" if self.times else ""
+        raise BudgetError(f"nothing of this kind keeps {self.wanted:.4g} ms as measured{told}")
 
     def hurried(self) -> bool:
         """Whether a closer fit would take time that repair needs."""
@@ -153,6 +157,18 @@ def measured(job: Shrinking, candidate: Candidate, wanted: float) -> float:
         return first.value
     more = [job.measured(candidate, None, f"latency-{i}") for i in range(1, _LOOKS)]
     return float(np.median([first.value, *(r.value for r in more)]))
+
+
+def _cheapest_or(refused: EspalierError, job: Shrinking, name: str, tighten: float) -> Candidate:
+    """The candidate of the least latency, where a limit is on latency and its pieces add up."""
+    if job.latency_limit is None or job.predicted is None:
+        raise refused
+    try:
+        return cheapest(job, name, job.latency_limit.bound * tighten)
+    except BudgetError:
+        raise
+    except EspalierError as error:  # not in time, or costs that are only known of whole networks
+        raise refused from error
 
 
 def cheapest(job: Shrinking, name: str, wanted: float) -> Candidate:

@@ -68,7 +68,7 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
     path = job.study.folder / "gates-scores.safetensors"
 
     def learn() -> dict[str, Any]:
-        epochs = _epochs(job, method.dearer)
+        epochs = int(job.study.once("gate epochs", lambda: _epochs(job, method.dearer)))
         job.show.phase("masks learn which channels stay", epochs)
         found = method.prune(
             job.family,

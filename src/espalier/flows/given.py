@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from espalier.errors import DataError, EspalierError
 from espalier.tasks import Task
-from espalier.train.running import evaluating
+from espalier.train.running import device_of, evaluating
 
 ModelLike = nn.Module | str | Path | Callable[..., nn.Module]
 _NESTED = ("state_dict", "model", "model_state_dict", "net", "ema")
@@ -42,6 +42,7 @@ def given_model(
     output = _run(made, example, task, batch)
     if isinstance(getattr(output, "logits", None), Tensor):
         made, output = _logits(made), output.logits
+    output = output.cpu() if isinstance(output, Tensor) else output
     _check(output, task)
     if own:
         _check_loss(output, y[:2], task)
@@ -118,7 +119,7 @@ def _run(model: nn.Module, example: Tensor, task: Task, batch: int | None) -> An
     try:
         # a graph that fails also prints where: the one line says enough
         with evaluating(model), torch.no_grad(), redirect_stderr(StringIO()):
-            return model(example)
+            return model(example.to(device_of(model)))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         text = (
@@ -170,9 +171,10 @@ def _check(output: Any, task: Task) -> None:
             f"a model must return one tensor, got {type(output).__name__}: wrap it in a module "
             "that returns the part that is wanted"
         )
-    if output.shape[-1] != task.classes:
+    width = output.shape[-1] if output.dim() else 1
+    if width != task.classes:
         raise EspalierError(
-            f"the model's output has width {output.shape[-1]}, the task {task.name} needs "
+            f"the model's output has width {width}, the task {task.name} needs "
             f"{task.classes}: give a model that was trained for this task"
         )
     if not bool(torch.isfinite(output).all()):

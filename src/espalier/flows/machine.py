@@ -22,6 +22,11 @@ def versions() -> dict[str, str]:
     return out
 
 
+def timed_on() -> dict[str, str]:
+    """What timings are of: a study records it, and another takes them over from the same only."""
+    return {"processor": processor(), "onnxruntime": versions()["onnxruntime"]}
+
+
 def machine() -> dict[str, Any]:
     """The machine in a few plain fields."""
     found = versions()

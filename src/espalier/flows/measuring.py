@@ -16,6 +16,7 @@ from torch import nn
 
 from espalier.costs import OnnxRuntime
 from espalier.errors import StudyError
+from espalier.flows.machine import timed_on
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display
 from espalier.nets import Family
@@ -23,6 +24,8 @@ from espalier.problem import Limit, Metric, Reading, SearchBudget
 from espalier.space import Candidate, Space
 from espalier.study import Study
 from espalier.tasks import Task
+
+_MACHINE = "machine"  # in the settings of a study
 
 
 class Measuring:
@@ -143,6 +146,32 @@ def how_many(space: Space) -> float:
 def plain_runtime(runtime: OnnxRuntime) -> dict[str, Any]:
     """The runtime's settings as JSON: part of what a study is about."""
     return {k: v for k, v in asdict(runtime).items() if isinstance(v, (str, int, float, bool))}
+
+
+def begun(
+    folder: Path, identity: Mapping[str, Any], settings: Mapping[str, Any], seed: int, resume: bool
+) -> Study:
+    """A new study, or one that goes on: it then notes where it was begun on another machine."""
+    here = timed_on()
+    if not resume:
+        return Study.create(folder, identity, {**settings, _MACHINE: here}, seed)
+    study = Study.resume(folder, identity)
+    there = study.meta["settings"].get(_MACHINE, here)
+    if there != here:
+        study.notes.append(
+            f"begun on another machine ({_said(there)}; this one is {_said(here)}): what was timed "
+            "there is not timed again"
+        )
+    return study
+
+
+def _said(machine: Mapping[str, str]) -> str:
+    return f"{machine['processor']}, ONNX Runtime {machine['onnxruntime']}"
+
+
+def timed_here(study: Study) -> bool:
+    """Whether a study's timings are of this machine and runtime."""
+    return bool(study.meta["settings"].get(_MACHINE) == timed_on())
 
 
 def study_folder(out: str | Path | None, stem: str, resume: bool) -> Path:

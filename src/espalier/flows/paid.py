@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import StudyError
+from espalier.flows.measuring import timed_here
 from espalier.study import Study
 
 _ANOTHER = {
@@ -22,7 +23,7 @@ class Paid:
     """Which records of a study another one can take over; records are told by how keys begin.
 
     `same`: what both identities must agree on. `taken`: records that do not depend on limits.
-    `timed`: those that also need the same `where`. `dear`: those that are worth to be kept.
+    `timed`: those that also need the same `where`, and machine. `dear`: those that are worth to be kept.
     """
 
     same: tuple[str, ...]
@@ -40,7 +41,7 @@ class Paid:
             recorded = other.meta["identity"]
             self.check(folder, recorded, identity)
             places = (self.where,) if isinstance(self.where, str) else self.where
-            same = all(recorded.get(key) == identity.get(key) for key in places)
+            same = timed_here(other) and all(recorded.get(k) == identity.get(k) for k in places)
             wanted = (*self.taken, *self.timed) if same else self.taken
             return {k: v for k, v in other.recorded().items() if k.startswith(wanted)}
 

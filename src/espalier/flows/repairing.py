@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from espalier.problem import Reading
 from espalier.space import Candidate
 from espalier.train.evaluate import calibration
 
-START = "repaired"
+START, LATER = "repaired", "repaired again"  # the latter trains what was only mended before
 _LAST_SECONDS = 8.0  # export and report, after everything else
 _EXAMPLES = 512  # of least squares
 _TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
@@ -38,7 +39,7 @@ def repair_all(
     the rivals that are best by validation after least squares. The others, told in `job.untuned`,
     stay so: a baseline more takes nothing from the answer, and all that learn learn as long. What is
     repaired `again`, since the first answer was over a limit after all, has what is left of the time,
-    and a quarter of the first share at least.
+    and a quarter of the first share at least; a rival that was not fine-tuned now is.
     """
     names: dict[Candidate, str] = {}
     for name, candidate in chosen.items():
@@ -51,9 +52,11 @@ def repair_all(
             f"repair seconds/{candidates[0].id}", lambda: _share(job, len(candidates), least)
         )
 
+    starts = {c: LATER if again and _only_mended(job, c) else START for c in candidates}
+
     @cache
     def repair_of(candidate: Candidate) -> _Repair:
-        return _Repair(job, names[candidate], candidate, seconds)
+        return _Repair(job, names[candidate], candidate, seconds, starts[candidate])
 
     def best() -> list[str]:
         rivals = sorted(candidates[1:], key=lambda c: -repair_of(c).closed())
@@ -63,17 +66,31 @@ def repair_all(
     tuned = job.study.once("fine-tuned", best) if scarce else [c.id for c in candidates]
     out = {}
     for name, candidate in chosen.items():
-        repaired(job, candidate, partial(repair_of, candidate), candidate.id in tuned)
-        out[name] = replace(entry_of(job, candidate), name=name)
+        start, training = starts[candidate], candidate.id in tuned
+        repaired(job, candidate, start, partial(repair_of, candidate), training)
+        out[name] = replace(entry_of(job, candidate, start), name=name)
     job.untuned += [name for name, candidate in chosen.items() if candidate.id not in tuned]
     return out
+
+
+def stages_key(candidate: Candidate, start: str = START) -> str:
+    """Under which a study records the stages of a repair."""
+    return f"{'repair' if start == START else start}/{candidate.id}"
+
+
+def _only_mended(job: Shrinking, candidate: Candidate) -> bool:
+    """Whether a candidate was repaired before without the training that it is to have."""
+    before = job.study.recorded().get(stages_key(candidate))
+    if before is None or not job.trains or candidate == job.family.original:
+        return False
+    return all(stage["stage"] != "fine-tuned" for stage in before["stages"])
 
 
 def mended(job: Shrinking, name: str, candidate: Candidate) -> float:
     """Quality on validation after the closed forms alone, more is better; read once a study."""
     return float(
         job.study.once(
-            f"mended/{candidate.id}", lambda: _Repair(job, name, candidate, None).closed()
+            f"mended/{candidate.id}", lambda: _Repair(job, name, candidate, None, START).closed()
         )
     )
 
@@ -86,10 +103,10 @@ def _share(job: Shrinking, count: int, least: float = 0.0) -> float | None:
 
 
 def repaired(
-    job: Shrinking, candidate: Candidate, repair_of: Callable[[], _Repair], tuned: bool
+    job: Shrinking, candidate: Candidate, start: str, repair_of: Callable[[], _Repair], tuned: bool
 ) -> dict[str, Any]:
     """Repairs one candidate and keeps its weights; gives its stages. Done once a study."""
-    path = weights_path(job.study.folder, candidate, START)
+    path = weights_path(job.study.folder, candidate, start)
 
     def work() -> dict[str, Any]:
         one = repair_of()
@@ -99,7 +116,7 @@ def repaired(
             leftover.unlink()
         return {"stages": one.stages, "seconds": one.seconds}
 
-    done: dict[str, Any] = job.study.once(f"repair/{candidate.id}", work)
+    done: dict[str, Any] = job.study.once(stages_key(candidate, start), work)
     return done
 
 
@@ -107,10 +124,15 @@ class _Repair:
     """One repair: each stage starts from the best before it. It may rest after the closed forms."""
 
     def __init__(
-        self, job: Shrinking, name: str, candidate: Candidate, seconds: float | None
+        self,
+        job: Shrinking,
+        name: str,
+        candidate: Candidate,
+        seconds: float | None,
+        start: str,
     ) -> None:
         self.job, self.name, self.candidate, self.seconds = job, name, candidate, seconds
-        self.path = weights_path(job.study.folder, candidate, START)
+        self.path = weights_path(job.study.folder, candidate, start)
         self.started, self.used = time.time(), 0.0
         self.stages: list[dict[str, Any]] = []
         self.best: nn.Module = job.family.build(candidate)
@@ -148,6 +170,7 @@ class _Repair:
         judged = train.evaluate(network, job.task, "validation")
         sign = 1.0 if job.quality.goal == "max" else -1.0
         value = sign * judged[job.quality.name]
+        value = -float("inf") if math.isnan(value) else value
         kept = value >= self.top
         if kept:
             self.best, self.top = network, value
@@ -193,14 +216,16 @@ class _Repair:
         return {"history": done["history"]}
 
 
-def entry_of(job: Shrinking, candidate: Candidate) -> Entry:
+def entry_of(job: Shrinking, candidate: Candidate, start: str = START) -> Entry:
     """The row of a repaired candidate: its latency measured again, its test read once."""
-    stages: Sequence[Mapping[str, Any]] = job.study.once(f"repair/{candidate.id}", dict)["stages"]
+    stages: Sequence[Mapping[str, Any]] = job.study.once(stages_key(candidate, start), dict)[
+        "stages"
+    ]
     kept = [s for s in stages if s["kept"]][-1]
     name = job.quality.name
     final = job.validated(kept["metrics"])
     cut = stages[0]["metrics"][name]
     final[f"{name}_before"] = Reading(cut, job.quality.unit, "measured", "validation")
-    weights = weights_path(job.study.folder, candidate, START)
+    weights = weights_path(job.study.folder, candidate, start)
     network = trained_network(job.family, candidate, weights)
-    return whole_entry(job, candidate, network, START, final)
+    return whole_entry(job, candidate, network, start, final)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import StudyError
+from espalier.flows.measuring import timed_here
 from espalier.study import Study
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _TABLE = "latency table"
 
 
 def take_over(job: Job, folder: Path, identity: Mapping[str, Any]) -> None:
-    """Copies the trained supernet, and the latency table if it was measured on the same runtime.
+    """Copies the trained supernet, and the latency table if it was measured on the same machine and runtime.
 
     The supernet only for the solver "search": relaxation trains its own.
 
@@ -32,7 +33,7 @@ def take_over(job: Job, folder: Path, identity: Mapping[str, Any]) -> None:
                     f"can't reuse {folder}: its {key} is {other.meta['identity'].get(key)!r}, "
                     f"this search's is {identity[key]!r}"
                 )
-        if other.meta["identity"].get("runtime") == identity["runtime"]:
+        if timed_here(other) and other.meta["identity"].get("runtime") == identity["runtime"]:
             with suppress(KeyError):  # a study that was stopped before it had a table
                 table = other.once(_TABLE, _absent)
                 job.study.once(_TABLE, lambda: table)

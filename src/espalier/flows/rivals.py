@@ -3,6 +3,7 @@ channels, and the best of random candidates."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,38 +88,31 @@ def by_chance(job: Shrinking) -> Solve:
     codes = codes[space.valid(codes)]
     codes = codes[space.unique(codes)]
     prices = job.pricing(codes)
-    order: list[int] = []
+    ends = math.inf if job.budget.seconds is None else time.time() + _TIME * job.budget.seconds
 
     def solve(limits: Sequence[Limit]) -> Candidate:
         kept = Problem((), tuple(limits)).violations(prices) <= 0
-        if not order:
-            full = np.max([prices[x.metric] / x.bound for x in limits], axis=0)
-            near = np.flatnonzero(kept & (full >= _FILLED))
-            order.extend(_judged(job, codes, near if len(near) else np.flatnonzero(kept)))
-        found = [i for i in order if kept[i]] or list(np.flatnonzero(kept))
-        if not found:
+        full = np.max([prices[x.metric] / x.bound for x in limits], axis=0)
+        near = np.flatnonzero(kept & (full >= _FILLED))
+        rows = near if len(near) else np.flatnonzero(kept)
+        if not len(rows):
             raise BudgetError(f"none of {_DRAWN} random candidates keeps the limits")
-        return space.decode(codes[[found[0]]])[0]
+        return space.decode(codes[[_least_harm(job, codes, rows, ends)]])[0]
 
     return solve
 
 
-def _judged(job: Shrinking, codes: NDArray[Any], rows: NDArray[np.int64]) -> list[int]:
-    """As many rows as there were options to profile, or as the time allows; least harm first."""
+def _least_harm(job: Shrinking, codes: NDArray[Any], rows: NDArray[np.int64], ends: float) -> int:
+    """Of as many rows as there were options to profile, or as the time allows: the best."""
     count = min(len(rows), job.options, _MOST)
-    ends = None if job.budget.seconds is None else time.time() + _TIME * job.budget.seconds
-
-    def judge() -> list[list[float]]:
-        job.show.phase("judging random candidates", count)
-        found: list[list[float]] = []
-        for i in rows[:count]:
-            if ends is not None and time.time() > ends and len(found) >= _LEAST:
-                break
-            found.append([float(i), *job.harm(job.family.space.decode(codes[[i]]))])
-            job.show.step(len(found), count)
-        return found
-
-    return [int(i) for i, _ in sorted(job.study.once("random harm", judge), key=lambda p: p[1])]
+    job.show.phase("judging random candidates", count)
+    found: list[tuple[float, int]] = []
+    for i in rows[:count]:
+        if time.time() > ends and len(found) >= _LEAST:
+            break
+        found.append((job.harm(job.family.space.decode(codes[[i]]))[0], int(i)))
+        job.show.step(len(found), count)
+    return min(found)[1]
 
 
 def _best_of(job: Shrinking, rows: NDArray[Any]) -> Solve:

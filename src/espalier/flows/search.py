@@ -19,7 +19,7 @@ from espalier.flows.finalists import select
 from espalier.flows.finals import finish
 from espalier.flows.found import Found
 from espalier.flows.job import Job, MakeStrategy
-from espalier.flows.measuring import plain_runtime, study_folder, withdraw
+from espalier.flows.measuring import begun, plain_runtime, study_folder, withdraw
 from espalier.flows.plan import Plan
 from espalier.flows.pricing import Pricing, check_names, check_reach, resolve
 from espalier.flows.progress import Display, Silent
@@ -28,7 +28,6 @@ from espalier.flows.reuse import take_over
 from espalier.nets import Family
 from espalier.problem import Limit, Limits, SearchBudget, limits
 from espalier.solvers import strategies
-from espalier.study import Study
 from espalier.tasks import Task
 from espalier.train import Recipe
 
@@ -106,10 +105,7 @@ def search(
     if solver != "search":
         identity["solver"] = solver
     settings = {"budget": str(spent), "workers": workers}
-    if resume:
-        study = Study.resume(folder, identity)
-    else:
-        study = Study.create(folder, identity, settings, seed)
+    study = begun(folder, identity, settings, seed, resume)
     try:
         with study, show:
             for text in study.notes:
@@ -231,7 +227,7 @@ def _identity(
         "decisions": family.space.to_json(),
         "task": task.name,
         "data": task.fingerprint,
-        "limits": [str(x) for x in asked],
+        "limits": [f"{x.metric} {x.op} {x.amount()}" for x in asked],
         "runtime": plain_runtime(runtime),
         "strategy": strategy if isinstance(strategy, str) else strategy.__qualname__,
         "estimator": "default" if estimator is None else type(estimator).__qualname__,

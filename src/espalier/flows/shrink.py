@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,14 +14,14 @@ from espalier import tasks
 from espalier.compress import Cut, Pretrained, Widths
 from espalier.compress.sparsity import StoredBytes
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
-from espalier.errors import BudgetError, EspalierError
+from espalier.errors import BudgetError, EspalierError, NotInTimeError
 from espalier.estimators.calibration import Measure
 from espalier.flows.decisions import make_cuts
 from espalier.flows.finals import ANSWER
-from espalier.flows.fitting import best_fitted
+from espalier.flows.fitting import Solve, best_fitted
 from espalier.flows.given import ModelLike, given_model
 from espalier.flows.importances import importances
-from espalier.flows.measuring import study_folder, withdraw
+from espalier.flows.measuring import begun, study_folder, withdraw
 from espalier.flows.pricing import check_names
 from espalier.flows.progress import Display, Silent
 from espalier.flows.repairing import repair_all
@@ -30,7 +31,7 @@ from espalier.flows.shrinking import Shrinking
 from espalier.flows.shrunk import Shrunk
 from espalier.flows.solving import check_counted, check_decided, chosen, known_names, solves_by
 from espalier.problem import Limit, Limits, SearchBudget, limits
-from espalier.study import Study
+from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe
 from espalier.train.evaluate import calibration
@@ -108,9 +109,7 @@ def shrink(
     identity |= {} if recipe is None else {"recipe": asdict(recipe)}
     settings = {"budget": str(spend)}
     taken = {} if reuse is None else PAID.of(Path(reuse), identity)
-    study = (
-        Study.resume(folder, identity) if resume else Study.create(folder, identity, settings, seed)
-    )
+    study = begun(folder, identity, settings, seed, resume)
     show = progress or Silent()
     try:
         with study, show:
@@ -145,8 +144,7 @@ def _run(job: Shrinking, began: float) -> Shrunk:
         solves = solves_by(job, name)
     with job.phase("allocation"):
         job.show.phase("choosing within the limits as measured", 1)
-        wanted = best_fitted(job, ANSWER, solves)
-        wanted = wanted | rivals(job) if job.baselines else {ANSWER: wanted[ANSWER]}
+        wanted = job.chosen("chosen", partial(_answer_and_rivals, job, solves))
     with job.phase("repair"):
         entries = repair_all(job, wanted)
         for tighter in _TIGHTER[1:]:
@@ -156,11 +154,23 @@ def _run(job: Shrinking, began: float) -> Shrunk:
             over = entries[ANSWER]
             job.slower[over.candidate] = over.metrics["latency_ms"].value
             try:
-                again = best_fitted(job, ANSWER, solves, tighter)
-            except BudgetError:
+                again = job.chosen(f"chosen/{tighter}", partial(_answer, job, solves, tighter))
+            except (BudgetError, NotInTimeError):
                 break  # a rival may keep the limits
-            entries |= repair_all(job, {ANSWER: again[ANSWER]}, again=True)
+            entries |= repair_all(job, again, again=True)
     return Shrunk.settle(job, entries, (name, why), time.time() - began)
+
+
+def _answer_and_rivals(job: Shrinking, solves: Mapping[str, Solve]) -> dict[str, Candidate]:
+    if not job.baselines:
+        return _answer(job, solves)
+    return best_fitted(job, ANSWER, solves) | rivals(job)
+
+
+def _answer(
+    job: Shrinking, solves: Mapping[str, Solve], tighten: float = 1.0
+) -> dict[str, Candidate]:
+    return {ANSWER: best_fitted(job, ANSWER, solves, tighten)[ANSWER]}
 
 
 # --- what is given -----------------------------------------------------------------------------

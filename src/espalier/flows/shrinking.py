@@ -17,6 +17,7 @@ from espalier import train
 from espalier.compress import Cut, Pretrained
 from espalier.compress.sparsity import StoredBytes
 from espalier.costs import CodeCost, Counts, OnnxRuntime, PredictedLatency
+from espalier.costs.runtime import BusyMachine
 from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import EspalierError
 from espalier.estimators.calibration import Calibrated, Measure
@@ -25,7 +26,7 @@ from espalier.flows.finals import Entry
 from espalier.flows.measuring import Measuring
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display
-from espalier.problem import Limit, Reading, SearchBudget
+from espalier.problem import Limit, Reading, SearchBudget, tightest
 from espalier.solvers.allocate import Profile, profile
 from espalier.space import Candidate
 from espalier.study import Study
@@ -83,6 +84,25 @@ class Shrinking(Measuring):
         """What this study, or the one that it reuses, recorded under a key; else computed now."""
         return self.study.once(key, lambda: self.paid[key] if key in self.paid else compute())
 
+    def chosen(self, key: str, choose: Callable[[], dict[str, Candidate]]) -> dict[str, Candidate]:
+        """Name to the candidate that was chosen, once a study, and the rounds that led there: when it
+        is resumed less time is left, which would end in another choice."""
+
+        def work() -> dict[str, Any]:
+            before, wanted = len(self.rounds), choose()
+            return {
+                "wanted": {name: c.to_json() for name, c in wanted.items()},
+                "rounds": self.rounds[before:],
+                "greedy": [[c.to_json(), *map(str, harms)] for c, harms in self.greedy.items()],
+            }
+
+        rounds = list(self.rounds)
+        done = self.study.once(key, work)
+        self.rounds[:] = rounds + done["rounds"]
+        for candidate, ours, theirs in done["greedy"]:
+            self.greedy[Candidate.from_json(candidate)] = float(ours), float(theirs)
+        return {name: Candidate.from_json(c) for name, c in done["wanted"].items()}
+
     def left(self) -> float | None:
         """Seconds until the budget is spent; None without a limit on time."""
         return None if self.budget.seconds is None else self.budget.seconds - self.spent()
@@ -95,7 +115,7 @@ class Shrinking(Measuring):
     @property
     def latency_limit(self) -> Limit | None:
         """The limit that needs a runtime."""
-        return next((x for x in self.limits if x.metric == LATENCY), None)
+        return next((x for x in self.limits if x.metric == LATENCY and x.op == "<="), None)
 
     # --- phases ----------------------------------------------------------------------------
 
@@ -126,7 +146,7 @@ class Shrinking(Measuring):
             )
         readings.update(self.validated(judged))
         self.original = Entry(candidate, "the original", readings)
-        self.limits = tuple(x.resolve(readings[x.metric].value) for x in self.limits)
+        self.limits = tightest([x.resolve(readings[x.metric].value) for x in self.limits])
 
     def _counted(self) -> list[CodeCost]:
         """The exact costs; bytes without zeros are counted where they are limited."""
@@ -172,7 +192,14 @@ class Shrinking(Measuring):
     def _share(self, model: bytes | Path) -> Ratio:
         """Of the original's latency, timed in turns with it."""
         given, x = self.given
-        return ratio(self.runtime, model, given, x)
+        found = ratio(self.runtime, model, given, x)
+        if self.runtime.strict and found.spread > _UNSURE * found.value:
+            raise BusyMachine(
+                f"the machine is too busy to measure: {found.rounds} timings beside the original are "
+                f"apart by {found.spread / found.value:.0%}; stop other work and measure again, or "
+                "allow it with strict=False"
+            )
+        return found
 
     def validated(self, judged: Mapping[str, float]) -> dict[str, Reading]:
         """Validation metrics as readings, named `<metric>_validation`."""

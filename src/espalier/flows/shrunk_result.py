@@ -16,6 +16,7 @@ from espalier.errors import EspalierError
 from espalier.flows.decisions import told
 from espalier.flows.finals import ANSWER, named
 from espalier.flows.machine import versions
+from espalier.flows.repairing import stages_key
 from espalier.flows.result import beaten, disturbances, entry_json, network_rows, question
 from espalier.flows.shrinking import LATENCY
 
@@ -145,14 +146,17 @@ def spent_rows(job: Shrinking, best: Entry) -> Iterator[dict[str, Any]]:
             factors = factors_of(job, [limit.metric])[limit.metric]
         except EspalierError:
             continue  # a cost that is only known of whole networks
+        total: dict[str, Any] = {}  # what many decisions decide has several factors
         for i, factor in enumerate(factors):
-            before, after = (float(v) for v in factor.at(space, rows))
+            name = factor.name or ("overhead" if not factor.decisions else f"part {i}")
+            total[name] = total.get(name, 0.0) + factor.at(space, rows)
+        for name, (before, after) in total.items():
             if before or after:
                 yield {
-                    "layer": factor.name or ("overhead" if not factor.decisions else f"part {i}"),
+                    "layer": name,
                     "metric": limit.metric,
-                    "original": before,
-                    "spent": after,
+                    "original": float(before),
+                    "spent": float(after),
                 }
 
 
@@ -192,7 +196,7 @@ def _alone(profile: Profile) -> dict[str, list[float]]:
 
 def _repair_row(job: Shrinking, entry: Entry) -> dict[str, Any]:
     """The stages of one repair: validation quality after each."""
-    recorded = job.study.once(f"repair/{entry.candidate.id}", dict)
+    recorded = job.study.once(stages_key(entry.candidate, entry.start), dict)
     name = job.quality.name
     return {
         "name": entry.name,

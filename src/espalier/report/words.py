@@ -39,7 +39,7 @@ def how(result: Result, entry: Entry, metric: str) -> str:
         n = numbers.real(result.task.get(split))
         examples = f"the {numbers.whole(n)} {split} examples" if n else f"the {split} split"
         whole = {"given": "as given, ", "repaired": "repaired, "}.get(
-            entry.start, "trained to the end, "
+            entry.start.removesuffix(" again"), "trained to the end, "
         )
         weights = {"estimated": "shared weights, ", "measured": whole}.get(way, "")
         if metric.endswith("_before"):

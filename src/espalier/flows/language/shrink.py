@@ -42,13 +42,12 @@ from espalier.flows.language.rivals import rivals
 from espalier.flows.language.room import check_place, check_room
 from espalier.flows.language.shrunk import ShrunkLanguage
 from espalier.flows.language.solving import evolved, finalist, solved
-from espalier.flows.measuring import study_folder, withdraw
+from espalier.flows.measuring import begun, study_folder, withdraw
 from espalier.flows.pricing import Pricing
 from espalier.flows.progress import Display, Silent
 from espalier.problem import Limit, Limits, SearchBudget
 from espalier.solvers.allocate import Solution
 from espalier.space import Candidate
-from espalier.study import Study
 from espalier.tasks.tokens import TokenText, encoder, token_text
 
 _CONTEXT = 512  # of windows, where the model allows more and none is asked for
@@ -130,11 +129,7 @@ def shrink_language(
         threads=threads,
     )  # fmt: skip
     taken = {} if reuse is None else PAID.of_space(Path(reuse), identity, family.space)
-    study = (
-        Study.resume(where, identity)
-        if resume
-        else Study.create(where, identity, {"budget": str(spend)}, seed)
-    )
+    study = begun(where, identity, {"budget": str(spend)}, seed, resume)
     show = progress or Silent()
     try:
         with study, show:
