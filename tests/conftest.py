@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unwatched() -> Iterator[None]:
-    """No measurement waits to see whether the machine is busy: beside other tests it is."""
+def watched() -> Iterator[Callable[[float], float]]:
+    """No measurement waits to see whether the machine is busy: beside other tests it is. Gives what
+    would."""
+    from espalier.costs import machine
+
+    watch = machine.load_now
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("espalier.costs.machine.load_now", lambda seconds=0.1: 0.0)
-        yield
+        patch.setattr(machine, "load_now", lambda seconds=0.1: 0.0)
+        yield watch
 
 
 @pytest.fixture(scope="module")

@@ -321,6 +321,18 @@ def test_logits_are_found_in_every_layout(shape, places) -> None:
     assert torch.equal(found[0], one)
 
 
+def test_targets_that_are_no_class_numbers_leave_a_distance() -> None:
+    """Marks for each class, one number for yes and no, answers of another count than the outputs."""
+    ours, theirs = torch.randn(2, 6, 4, dtype=torch.float64)
+    marks, twice = torch.ones(6, 4, dtype=torch.long), torch.ones(6, 5, dtype=torch.long)
+    plain = distance(ours, theirs, torch.zeros(6, dtype=torch.long), 1.0)
+    assert distance(ours, theirs, marks, 1.0) == plain > 0
+    assert distance(ours, theirs, twice, 1.0) == plain
+    one, other = ours[:, :1], theirs[:, :1]
+    yes = torch.ones(6, dtype=torch.long)
+    assert distance(one, other, yes, 1.0) == pytest.approx(float((one - other).square().mean()))
+
+
 # Fine-tuning
 
 QUICK = Recipe(epochs=3, batch=50, lr=0.05, precision="fp32")

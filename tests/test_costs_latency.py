@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import time
 import weakref
 from collections import namedtuple
 from collections.abc import Iterator
@@ -228,6 +229,12 @@ def test_a_device_that_this_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(session, "ort", fake)
     with pytest.raises(EspalierError, match="can't run on 'cuda'"):
         OnnxRuntime("cuda")
+
+
+def test_the_load_of_others_is_watched_for_a_while(watched: Any) -> None:
+    began = time.perf_counter()
+    assert watched(0.02) >= 0.0
+    assert time.perf_counter() - began >= 0.02
 
 
 def test_bound_memory_lives_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

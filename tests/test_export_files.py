@@ -363,7 +363,6 @@ def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
 
 FULL = """
 import resource, sys, torch
-from espalier.compress import Bits, Pretrained
 from espalier.errors import ExportError
 from espalier.export import export
 network = torch.nn.Linear(200, 200)

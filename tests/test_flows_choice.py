@@ -20,8 +20,9 @@ from espalier.flows.finals import Entry
 from espalier.flows.progress import Silent
 from espalier.flows.shrink_identity import PAID
 from espalier.flows.shrinking import LATENCY, Shrinking
+from espalier.flows.shrunk import best_first
 from espalier.flows.shrunk_result import spent_rows
-from espalier.problem import Limit, Metrics, SearchBudget, tightest
+from espalier.problem import Limit, Metrics, Reading, SearchBudget, tightest
 from espalier.solvers.allocate import Factor
 from espalier.space import Candidate, Space, integer
 from espalier.study import Study
@@ -41,6 +42,7 @@ def test_what_was_chosen_stays_where_a_shrink_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed one has less time left, and a program that runs into its end finds something else."""
+    monkeypatch.setattr("espalier.flows.shrinking.ratio", lambda *args: Ratio(0.5, 0.0, 3))
     settings = {"within": {LATENCY: "95%", "bytes": "90%"}, **TIMED, "repair": True, "tune": False}
     with pytest.raises(KeyboardInterrupt):
         tiny_shrink(tmp_path / "run", progress=Interrupting("shrunk: least squares"), **settings)
@@ -163,16 +165,24 @@ def test_random_candidates_are_judged_where_the_limit_has_moved_to() -> None:
         found = solve([Limit(LATENCY, bound)])
         assert 0.85 * bound <= found["a"] + found["b"] <= bound
         assert found["a"] == min(9, int(bound))  # the least harm of those
+    judged = job.harm
+    job.budget, late = SearchBudget(seconds=0.0), []
+    job.harm = lambda found: late.append(found) or judged(found)
+    solve = rivals.by_chance(job)
+    for bound in (18.0, 18.0, 17.5):  # rows that are known cost nothing
+        solve([Limit(LATENCY, bound)])
+    assert len(late) <= 8
 
 
 def test_of_two_limits_on_one_cost_the_tighter_counts(tmp_path: Path) -> None:
     loose, tight, least = Limit("macs", 5.0), Limit("macs", 3.0), Limit("macs", 1.0, ">=")
     assert tightest([loose, least, tight]) == tightest([tight, least, loose]) == (tight, least)
     assert tightest([least, Limit("macs", 2.0, ">=")]) == (Limit("macs", 2.0, ">="),)
-    limits = [Limit("bytes", 1e9), Limit("bytes", 0.6, relative=True)]
+    limits = [Limit("bytes", 1e9), Limit("bytes", 0.6, relative=True)]  # in Python alone
     found = tiny_shrink(tmp_path / "run", within=limits, repair=False, baselines=False)
     (told,) = found.to_json()["question"]["limits"]
     assert told["bound"] == pytest.approx(0.6 * found.original.metrics["bytes"].value)
+    assert found.to_json()["reproduce"]["command"].count("--max bytes=") == 1
 
 
 def test_a_layer_that_many_decisions_decide_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +212,14 @@ def test_a_metric_that_is_no_number_is_the_worst(monkeypatch: pytest.MonkeyPatch
     )  # fmt: skip
     for stage in ("cut", "least squares", "fine-tuned"):
         repairing._Repair.judge(repair, stage, torch.nn.Identity())
-    assert [s["kept"] for s in repair.stages] == [True, True, True]
+    assert [s["kept"] for s in repair.stages] == [True, False, True]
     assert repair.top == 0.5
+    rivals = {
+        name: Entry(Number(id=name), name, {"q_validation": Reading(q)})
+        for name, q in (("shrunk", float("nan")), ("random", 0.1), ("other", float("nan")))
+    }
+    job: Any = SimpleNamespace(quality=quality)
+    assert best_first(job, rivals, "allocate")[0].name == "random"
 
 
 # --- on one machine ----------------------------------------------------------------------------

@@ -315,10 +315,10 @@ def test_a_file_that_can_not_be_timed_is_told(
     limits = {"latency_ms": 1e6, "bytes": "60%"}
     found = tiny(tmp_path / "run", within=limits, repair=False, baselines=False)
 
-    def busy(path: Path) -> float:
+    def gone(path: Path) -> float:
         raise DataError("the device is gone")
 
-    monkeypatch.setattr(found._job, "file_latency", busy)
+    monkeypatch.setattr(found._job, "file_latency", gone)
     assert found.publish().exists()
     assert found.to_json()["notes"][-1] == "best.onnx, timed as written: the device is gone"
 
@@ -347,13 +347,15 @@ def test_a_task_of_the_users_own_file_may_have_defaults(tmp_path: Path) -> None:
         "def make_task(size=100):\n"
         "    return esp.tasks.images('digits', train=size, validation=50, test=50)\n"
         "def needs(size): ...\n"
+        "class Task(esp.tasks.TensorTask): ...\n"
     )
     made = loaded_task(f"{path}:make_task")
     assert made.size("train") == 100
     assert made.text == f"{path}:make_task"
     assert loaded_task("digits") == "digits"
-    with pytest.raises(EspalierError, match="must give a task, got function"):
-        loaded_task(f"{path}:needs")
+    for name, kind in (("needs", "function"), ("Task", "ABCMeta")):
+        with pytest.raises(EspalierError, match=f"must give a task, got {kind}"):
+            loaded_task(f"{path}:{name}")
 
 
 def test_what_is_printed_is_strict_json(capsys: pytest.CaptureFixture[str]) -> None:

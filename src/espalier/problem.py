@@ -255,11 +255,6 @@ def limits(within: Limits | Iterable[Limit] | None) -> tuple[Limit, ...]:
     return tuple(out)
 
 
-_DURATION = re.compile(
-    r"^([0-9]*\.?[0-9]+)\s*(s|sec|secs|second|seconds|m|min|mins|minute|minutes|h|hour|hours|trial|trials)$"
-)
-
-
 def tightest(found: Iterable[Limit]) -> tuple[Limit, ...]:
     """Of limits on one metric in one direction, none of them relative, that which implies the rest."""
     out: dict[tuple[str, str], Limit] = {}
@@ -268,6 +263,11 @@ def tightest(found: Iterable[Limit]) -> tuple[Limit, ...]:
         if (limit.bound < held.bound) if limit.op == "<=" else (limit.bound > held.bound):
             out[limit.metric, limit.op] = limit
     return tuple(out.values())
+
+
+_DURATION = re.compile(
+    r"^([0-9]*\.?[0-9]+)\s*(s|sec|secs|second|seconds|m|min|mins|minute|minutes|h|hour|hours|trial|trials)$"
+)
 
 
 @dataclass(frozen=True)

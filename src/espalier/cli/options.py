@@ -117,7 +117,7 @@ def loaded_task(text: str) -> Any:
     found = loaded(text, defaults=True)
     if isinstance(found, str):
         return found
-    if not hasattr(found, "batches"):
+    if isinstance(found, type) or not hasattr(found, "batches"):
         raise EspalierError(f"{text!r} must give a task, got {type(found).__name__}")
     found = copy.copy(found)  # the file's own object may be in use elsewhere
     found.text = text

@@ -71,7 +71,13 @@ class Widths(Cut):
         kind = self.importance if self.importance == "bn" else "magnitude"
         given = scores(model, found.groups, kind)
         left_alone = {row.layer for row in found.ignored}
-        given.update({k: v for k, v in (self.scores or {}).items() if k not in left_alone})
+        given.update(
+            {
+                k: v
+                for k, v in (self.scores or {}).items()
+                if k in found.groups or k not in left_alone
+            }
+        )
         decisions = tuple(
             Ordinal(PREFIX + name, self.options(group)) for name, group in found.groups.items()
         )

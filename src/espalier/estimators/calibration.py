@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from espalier.compress.repair.distil import by_label
+from espalier.compress.repair.distil import distance
 from espalier.errors import EspalierError, unknown
 from espalier.estimators.estimator import Estimator
 from espalier.estimators.rows import columns, threads
@@ -34,8 +33,8 @@ class Calibrated(Estimator):
 
     - "loss": the task's loss.
     - "divergence": how far outputs are from the original's: Kullback-Leibler divergence of the
-      classes, a mean over all labels of an example, mean squared error for other targets. Of targets
-      only the shape is looked at.
+      classes, a mean over all labels of an example, mean squared error for other targets. Which labels
+      are right is not looked at.
     - "gradient": the squared change of the outputs, weighted by the squared gradient of the loss
       there (the diagonal of the empirical Fisher matrix; LeCun et al., 1990).
 
@@ -101,10 +100,7 @@ class Calibrated(Estimator):
             return self.task.loss(after, targets)
         if self.measure == "gradient":
             return ((after - before).square() * weights).sum() / len(targets)
-        if targets.is_floating_point():
-            return functional.mse_loss(after, before)
-        p, q = (functional.log_softmax(by_label(t, targets), dim=1) for t in (before, after))
-        return (p.exp() * (p - q)).sum(dim=1).mean()
+        return distance(after, before, targets, temperature=1.0)
 
     def _loaded(self) -> list[tuple[Tensor, Tensor]]:
         """The batches; read once a process, on the device of the original."""

@@ -164,19 +164,19 @@ def _cheapest_or(refused: EspalierError, job: Shrinking, name: str, tighten: flo
     if job.latency_limit is None or job.predicted is None:
         raise refused
     try:
-        return cheapest(job, name, job.latency_limit.bound * tighten)
+        candidate = least(job, LATENCY)
     except BudgetError:
         raise
     except EspalierError as error:  # not in time, or costs that are only known of whole networks
         raise refused from error
+    return within(job, name, candidate, job.latency_limit.bound * tighten)
 
 
-def cheapest(job: Shrinking, name: str, wanted: float) -> Candidate:
-    """The candidate with the least latency, where that keeps all limits as measured.
+def within(job: Shrinking, name: str, candidate: Candidate, wanted: float) -> Candidate:
+    """The smallest candidate, where it keeps all limits as measured.
 
     Errors: `BudgetError` with what it takes.
     """
-    candidate = least(job, LATENCY)
     took = measured(job, candidate, wanted)
     _note(job, name, candidate, 0.0, took, wanted)
     reading = Reading(took, "ms", "measured")

@@ -6,7 +6,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import onnxruntime as ort
 import psutil
+import torch
 
 from espalier.costs.machine import cores, processor
 
@@ -24,7 +26,10 @@ def versions() -> dict[str, str]:
 
 def timed_on() -> dict[str, str]:
     """What timings are of: a study records it, and another takes them over from the same only."""
-    return {"processor": processor(), "onnxruntime": versions()["onnxruntime"]}
+    found = {"processor": processor(), "onnxruntime": ort.__version__, "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from espalier.space import Candidate, Space
 from espalier.study import Study
 from espalier.tasks import Task
 
-_MACHINE = "machine"  # in the settings of a study
+_MACHINE = "timed on"  # the event that says what a study runs on from there
 
 
 class Measuring:
@@ -151,27 +151,30 @@ def plain_runtime(runtime: OnnxRuntime) -> dict[str, Any]:
 def begun(
     folder: Path, identity: Mapping[str, Any], settings: Mapping[str, Any], seed: int, resume: bool
 ) -> Study:
-    """A new study, or one that goes on: it then notes where it was begun on another machine."""
+    """A new study, or one that goes on: it then notes what it was begun on, if that was another."""
     here = timed_on()
-    if not resume:
-        return Study.create(folder, identity, {**settings, _MACHINE: here}, seed)
-    study = Study.resume(folder, identity)
-    there = study.meta["settings"].get(_MACHINE, here)
-    if there != here:
-        study.notes.append(
-            f"begun on another machine ({_said(there)}; this one is {_said(here)}): what was timed "
-            "there is not timed again"
-        )
+    if resume:
+        study = Study.resume(folder, identity)
+        others = [each for each in _machines(study) if each != here]
+        if others:
+            study.notes.append(
+                f"begun on another machine or runtime ({', '.join(others[0].values())}; this is "
+                f"{', '.join(here.values())}): what was timed there is not timed again"
+            )
+    else:
+        study = Study.create(folder, identity, settings, seed)
+    study.event(_MACHINE, on=here)
     return study
 
 
-def _said(machine: Mapping[str, str]) -> str:
-    return f"{machine['processor']}, ONNX Runtime {machine['onnxruntime']}"
-
-
 def timed_here(study: Study) -> bool:
-    """Whether a study's timings are of this machine and runtime."""
-    return bool(study.meta["settings"].get(_MACHINE) == timed_on())
+    """Whether all timings of a study are of this machine and these runtimes."""
+    seen = _machines(study)
+    return bool(seen) and all(each == timed_on() for each in seen)
+
+
+def _machines(study: Study) -> list[dict[str, str]]:
+    return [event["on"] for event in study.events() if event["kind"] == _MACHINE]
 
 
 def study_folder(out: str | Path | None, stem: str, resume: bool) -> Path:

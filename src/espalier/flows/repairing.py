@@ -170,8 +170,8 @@ class _Repair:
         judged = train.evaluate(network, job.task, "validation")
         sign = 1.0 if job.quality.goal == "max" else -1.0
         value = sign * judged[job.quality.name]
-        value = -float("inf") if math.isnan(value) else value
-        kept = value >= self.top
+        value = -math.inf if math.isnan(value) else value
+        kept = not self.stages or (value >= self.top and value > -math.inf)
         if kept:
             self.best, self.top = network, value
         spent = time.time() - self.started

@@ -89,6 +89,7 @@ def by_chance(job: Shrinking) -> Solve:
     codes = codes[space.unique(codes)]
     prices = job.pricing(codes)
     ends = math.inf if job.budget.seconds is None else time.time() + _TIME * job.budget.seconds
+    known: dict[int, float] = {}  # a limit that moves meets the same rows again
 
     def solve(limits: Sequence[Limit]) -> Candidate:
         kept = Problem((), tuple(limits)).violations(prices) <= 0
@@ -97,21 +98,30 @@ def by_chance(job: Shrinking) -> Solve:
         rows = near if len(near) else np.flatnonzero(kept)
         if not len(rows):
             raise BudgetError(f"none of {_DRAWN} random candidates keeps the limits")
-        return space.decode(codes[[_least_harm(job, codes, rows, ends)]])[0]
+        return space.decode(codes[[_least_harm(job, codes, rows, known, ends)]])[0]
 
     return solve
 
 
-def _least_harm(job: Shrinking, codes: NDArray[Any], rows: NDArray[np.int64], ends: float) -> int:
-    """Of as many rows as there were options to profile, or as the time allows: the best."""
-    count = min(len(rows), job.options, _MOST)
+def _least_harm(
+    job: Shrinking,
+    codes: NDArray[Any],
+    rows: NDArray[np.int64],
+    known: dict[int, float],
+    ends: float,
+) -> int:
+    """The best of the rows that are known, and of as many more as there were options to profile, or
+    as the time allows."""
+    found = [(known[i], i) for i in map(int, rows) if i in known]
+    more = [i for i in map(int, rows) if i not in known]
+    count = max(min(len(rows), job.options, _MOST) - len(found), 0)
     job.show.phase("judging random candidates", count)
-    found: list[tuple[float, int]] = []
-    for i in rows[:count]:
+    for done, i in enumerate(more[:count]):
         if time.time() > ends and len(found) >= _LEAST:
             break
-        found.append((job.harm(job.family.space.decode(codes[[i]]))[0], int(i)))
-        job.show.step(len(found), count)
+        known[i] = job.harm(job.family.space.decode(codes[[i]]))[0]
+        found.append((known[i], i))
+        job.show.step(done + 1, count)
     return min(found)[1]
 
 

@@ -211,7 +211,7 @@ class Shrinking(Measuring):
 
     def calibrate(self) -> None:
         """Measures the table of latencies, where a limit needs it."""
-        if self.latency_limit is None:
+        if not any(x.metric == LATENCY for x in self.limits):
             return
         fresh = PredictedLatency(self.family, self.runtime)
         seconds = math.inf if self.budget.seconds is None else _TABLE * self.budget.seconds

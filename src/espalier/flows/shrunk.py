@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,7 +77,12 @@ def best_first(job: Shrinking, kept: Mapping[str, Entry], solver: str) -> list[E
     """The best on validation, the answer of equals; then the others as they come."""
     sign = 1.0 if job.quality.goal == "max" else -1.0
     metric = f"{job.quality.name}_validation"
-    best = max(kept.values(), key=lambda e: (sign * e.metrics[metric].value, e.name == ANSWER))
+
+    def rank(entry: Entry) -> tuple[float, bool]:
+        value = sign * entry.metrics[metric].value
+        return -math.inf if math.isnan(value) else value, entry.name == ANSWER
+
+    best = max(kept.values(), key=rank)
     others = [e for e in kept.values() if e is not best]
     return [best, *(replace(e, name=named(e.name, solver)) for e in others)]
 

@@ -229,17 +229,19 @@ def reproduce(job: Shrinking) -> dict[str, Any]:
     flags += [] if job.repair else ["--no-repair"]
     flags += [] if job.tune else ["--no-tune"]
     flags += [] if job.baselines else ["--no-baselines"]
+    # several limits on one cost: a name is given once
+    asked = job.asked if len({x.metric for x in job.asked}) == len(job.asked) else job.limits
     command = " ".join(
         [
             f"espalier shrink MODEL --weights WEIGHTS --task {shlex.quote(job.task.text or 'TASK')}",
-            *(f"--max {x.metric}={x.amount()}" for x in job.asked if x.op == "<="),
+            *(f"--max {x.metric}={x.amount()}" for x in asked if x.op == "<="),
             f"--decisions {shlex.quote(kinds)} --budget {shlex.quote(str(job.budget).replace(' ', ''))}",
             *(f"--seed {job.seed}", *flags),
         ]
     )
     if not all(told(cut) for cut in job.cuts):
         command += "  # and the settings of the cuts, which only Python can say"
-    within = {x.metric: f"{x.op} {x.amount()}" for x in job.asked}
+    within = {x.metric: f"{x.op} {x.amount()}" for x in asked}
     cuts = ", ".join(f"esp.compress.{_called(cut)}" for cut in job.cuts)
     python = (
         f"esp.shrink(model, {repr(job.task.text) if job.task.text else 'task'}, within={within!r}, on=esp.costs.{runtime!r}, "

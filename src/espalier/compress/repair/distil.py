@@ -21,9 +21,10 @@ def distance(outputs: Tensor, wanted: Tensor, targets: Tensor, temperature: floa
 
     Class labels: Kullback-Leibler divergence of the softened distributions, in nats, times the
     temperature squared, so that gradients keep their size. Several labels an example, as in text or
-    segmentation: the mean over all of them. Other targets: the mean squared error.
+    segmentation: the mean over all of them. Other targets, and outputs that are one number for each
+    label: the mean squared error.
     """
-    if targets.is_floating_point():
+    if targets.is_floating_point() or outputs.numel() == len(targets):
         return functional.mse_loss(outputs, wanted)
     ours, theirs = (
         functional.log_softmax(by_label(t, targets) / temperature, dim=1) for t in (outputs, wanted)
@@ -34,7 +35,12 @@ def distance(outputs: Tensor, wanted: Tensor, targets: Tensor, temperature: floa
 
 def by_label(outputs: Tensor, targets: Tensor) -> Tensor:
     """Logits as `(labels, classes)`: of outputs `(b, classes)`, `(b, classes, *places)`, or with the
-    classes last, `(b, *places, classes)` and `(b, places * classes)`."""
+    classes last, `(b, *places, classes)` and `(b, places * classes)`.
+
+    Targets that are no class numbers (a mark for each class, several answers) leave a row an example.
+    """
+    if outputs.numel() == targets.numel() or outputs.numel() % targets.numel():
+        return outputs.flatten(1)
     if outputs.ndim == targets.ndim + 1 and outputs.shape[2:] == targets.shape[1:]:
         outputs = outputs.movedim(1, -1)
     return outputs.reshape(targets.numel(), -1)
