@@ -338,3 +338,66 @@ def test_noise_of_a_profile_is_smoothed_along_ordered_options_only() -> None:
     assert c.values.tolist() == [2.0, -1.0, 0.0]
     negative = Profile((Factor(("a",), np.array([-1.0, -2.0, 0.0]), name="a"),))
     assert negative.smoothed(family.space).factors[0].values.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_limits_on_peaks_are_kept_and_told() -> None:
+    space = Space([ordinal("a", 1, 2, 3), ordinal("b", 1, 2, 3)], [Forbid({"a": 1})])
+    harm = [Factor((n,), np.array([2.0, 1.0, 0.0])) for n in "ab"]
+    of_each = [Factor((n,), np.array([1.0, 5.0, 9.0]), peak=True) for n in "ab"]
+    peaks = [Factor((), np.array(1.0), peak=True, name="input"), *of_each]
+    other = [Factor(("b",), np.array([3.0, 2.0, 1.0]))]
+    costs = {"memory": peaks, "other": other}
+    found = Program(space, harm, costs, [Limit("memory", 6.0)]).solve()
+    assert (dict(found.candidate), found.costs["memory"]) == ({"a": 2, "b": 2}, 5.0)
+    with pytest.raises(BudgetError, match="least memory that is reachable is 5"):
+        Program(space, harm, costs, [Limit("memory", 2.0)]).solve()
+    limits = [Limit("memory", 6.0), Limit("other", 1.0)]
+    with pytest.raises(BudgetError, match=r"together: .*memory .*kept is 9; .*other .* is 2"):
+        Program(space, harm, costs, limits).solve()
+    wide = [*peaks[:2], Factor(("b",), np.array([7.0, 7.0, 7.0]), peak=True)]
+    with pytest.raises(BudgetError, match="least memory that is reachable is 7"):
+        Program(space, harm, {"memory": wide}, [Limit("memory", 6.0)]).solve()
+
+
+def test_what_costs_without_end_is_forbidden_by_any_limit_on_it() -> None:
+    space = Space([ordinal("a", 1, 2, 3)])
+    harm = [Factor(("a",), np.array([2.0, 1.0, 0.0]))]
+    costs = {"speed": [Factor(("a",), np.array([1.0, 2.0, math.inf]))]}
+    for op, bound in ((">=", 1.0), ("<=", 5.0)):
+        program = Program(space, harm, costs, [Limit("speed", bound, op)])
+        assert program.greedy().candidate["a"] == program.solve().candidate["a"] == 2
+        whole = space.encode([space.candidate({"a": 3})])
+        assert not program.kept(whole)
+        assert program.judge(whole)[1][0] == math.inf
+
+
+class Bound(Chain):
+    """The chain, where the width and the features go together, and both with a third decision."""
+
+    space = Space(  # type: ignore[assignment]
+        [*Chain.space.decisions, ordinal("more", 0, 1, 2)],
+        [
+            Linear({"width": 1.0, "features": -1.0}, "<=", 0.0),
+            Linear({"width": -1.0, "features": 1.0}, "<=", 0.0),
+            Linear({"more": 4.0, "width": 1.0}, "<=", 12.0),
+        ],
+    )
+
+
+def test_pieces_are_priced_by_rows_that_the_constraints_allow() -> None:
+    family = Bound()
+    rows = family.space.enumerate()
+    counted = Counts(family).estimate_codes(rows)["params"]
+    assert (totals(family.space, cost_factors(family, "params"), rows) == counted).all()
+
+
+def test_pairs_are_told_once_and_only_of_what_can_change() -> None:
+    class Fixed(Told):
+        space = Space([*Told.space.decisions, ordinal("only", 1)])
+
+    family = Fixed(together=True)
+    pairs = [("a", "c"), ("c", "a"), ("only", "a")]
+    found = profile(family, family.harm, pairs=pairs)
+    rows = family.space.enumerate()
+    added = totals(family.space, found.factors, rows)
+    assert added == pytest.approx(totals(family.space, family.terms, rows) - 7.0)

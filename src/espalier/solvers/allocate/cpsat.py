@@ -147,7 +147,8 @@ class Model:
         """Forbids combinations."""
         for scope, mask in forbidden.items():
             if not scope:
-                self._model.add_bool_or([])  # nothing is allowed
+                if mask.any():
+                    self._model.add_bool_or([])  # nothing is allowed
                 continue
             for variable, out in zip(self.variables(scope), mask.ravel().tolist(), strict=True):
                 if out:

@@ -19,6 +19,7 @@ from espalier.space import Real, Space
 
 Codes = NDArray[Any]
 _MOST = 2000  # combinations of one unit that are looked up; beyond, pairs of decisions
+_DRAWS = 32  # of what stands outside a unit, where constraints forbid a combination of it
 
 
 class Additive(Protocol):
@@ -59,7 +60,10 @@ def _constant(terms: Terms) -> list[Factor]:
 
 
 def _tables(space: Space, terms: Terms, scopes: Any) -> list[Factor]:
-    grids = {name: _grid(space, closed(space, scope)) for name, scope in scopes.items()}
+    grids = {}
+    for name, scope in scopes.items():
+        within = closed(space, scope)
+        grids[name] = [(of, _allowed(space, rows, within)) for of, rows in _grid(space, within)]
     rows = [rows for grid in grids.values() for _, rows in grid]
     lengths = np.cumsum([0, *map(len, rows)])
     every = np.concatenate([space.corner(True), *rows])[1:]
@@ -110,6 +114,33 @@ def _rows(space: Space, names: Sequence[str]) -> Codes:
     ):
         rows[:, j] = codes
     return space.canonical(rows)
+
+
+def _allowed(space: Space, rows: Codes, scope: Sequence[str]) -> Codes:
+    """Rows as they are, but those that constraints forbid are allowed where others outside a scope
+    make them so: all of them at one option (equal widths are one choice), or at random ones."""
+    bad = np.flatnonzero(~space.valid(rows))
+    tied = set(scope)
+    while more := {n for c in space.constraints if tied & {*c.names} for n in c.names} - tied:
+        tied |= more
+    free = [j for j, d in enumerate(space.decisions) if d.name in tied and d.name not in scope]
+    counts = np.array([space.decisions[j].count for j in free])
+    if not len(bad) or not counts.all() or not free:
+        return rows
+    rng = np.random.default_rng(0)
+    alike = (np.minimum(k, counts - 1) for k in range(counts.max()))
+    drawn = (rng.integers(counts) for _ in range(_DRAWS))
+    out = rows.copy()
+    for codes in (*alike, *drawn):
+        again = rows[bad]
+        again[:, free] = codes
+        again = space.canonical(again)
+        fits = space.valid(again)
+        out[bad[fits]] = again[fits]
+        bad = bad[~fits]
+        if not len(bad):
+            break
+    return out
 
 
 def _last(space: Space) -> Codes:

@@ -77,9 +77,7 @@ def profile(
     samples = samples or int(getattr(owner, "samples", 0))
     work = _Measuring(family, harm, record, progress, f"{measure}:{samples}")
     space: Space = family.space
-    parts = [(d.name,) for d in space.decisions if d.count > 1] + [
-        tuple(sorted(pair, key=space.names.index)) for pair in pairs
-    ]
+    parts = [(d.name,) for d in space.decisions if d.count > 1] + _pairs(space, pairs)
     work.total = 1 + sum(math.prod(space[n].count - 1 for n in names) for names in parts)
     base = work.one()
     alone: dict[str, Array] = {}
@@ -93,6 +91,12 @@ def profile(
             values[np.isnan(values) | np.isneginf(values)] = 0.0  # one forbids it already
         factors.append(_where_active(space, names, values))
     return Profile(tuple(factors), measure, samples, work.seconds, base, space.fingerprint)
+
+
+def _pairs(space: Space, given: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Each pair once, in the order of the space; those of which one can't change add nothing."""
+    pairs = [tuple(space.names[j] for j in sorted(columns(space, pair))) for pair in given]
+    return [p for p in dict.fromkeys(pairs) if all(space[name].count > 1 for name in p)]
 
 
 class _Measuring:

@@ -121,6 +121,7 @@ class Program:
             over += np.where(beyond > ROUNDED, beyond, 0.0)
             share = costs[limit.metric] / max(abs(limit.bound), 1e-300)
             use += share if limit.op == "<=" else -share
+            over[np.isposinf(costs[limit.metric])] = np.inf
         over[np.isposinf(harm)] = np.inf
         return harm, over, use
 
@@ -128,9 +129,8 @@ class Program:
         """Whether a row `(1, d)` is a candidate that keeps every limit, to a rounding (1e-12)."""
         if not self.space.valid(row)[0] or math.isinf(exact(self.space, self.harm, row)):
             return False
-        return all(
-            limit.violation(self.cost(limit.metric, row)) <= ROUNDED for limit in self.limits
-        )
+        found = [(limit, self.cost(limit.metric, row)) for limit in self.limits]
+        return all(math.isfinite(c) and limit.violation(c) <= ROUNDED for limit, c in found)
 
     def cost(self, name: str, row: Codes) -> float:
         """One cost of a row `(1, d)`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from espalier.problem import Limit
@@ -28,7 +30,6 @@ def reason(program: Program, refused: Sequence[Codes], seconds: float) -> str:
     together = [
         (limit, _reach(program, limit, [m for m in limits if m is not limit], refused, seconds))
         for limit in limits
-        if not any(f.peak for f in program.costs[limit.metric])
     ]
     found = [
         f"{_reachable(m)} with the others kept is {r:.6g}" for m, r in together if r is not None
@@ -46,14 +47,26 @@ def _reach(
     seconds: float,
 ) -> float | None:
     """The best value of a limit's cost under other limits; None where there is none."""
-    peaks = [f for f in program.costs[limit.metric] if f.peak]
+    seconds = min(seconds, _SECONDS)
     tables = program.tables[limit.metric]
-    if peaks and not tables:
-        return max(float(f.values.min()) for f in peaks)
     model = program.model(others, refused)
     model.minimise(whole(tables if limit.op == "<=" else negative(tables)))
-    answer = model.solve(min(seconds, _SECONDS), 1, 0)
-    return None if answer.row is None else program.cost(limit.metric, answer.row[None])
+    answer = model.solve(seconds, 1, 0)
+    if answer.row is None:
+        return None
+    found = program.cost(limit.metric, answer.row[None])
+    peaks = [f.values.ravel() for f in program.costs[limit.metric] if f.peak]
+    lower = np.unique(np.concatenate([*peaks, np.empty(0)]))
+    low, high = 0, int(np.searchsorted(lower, found))
+    while low < high:  # the least peak under which there still is a candidate
+        middle = (low + high) // 2
+        below = replace(limit, bound=float(lower[middle]))
+        answer = program.model([*others, below], refused).solve(seconds, 1, 0)
+        if answer.row is None:
+            low = middle + 1
+        else:
+            high, found = middle, program.cost(limit.metric, answer.row[None])
+    return found
 
 
 def told(limits: Iterable[Limit]) -> str:
