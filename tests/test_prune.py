@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -42,7 +42,7 @@ from espalier.solvers.prune.soft import log_odds
 from espalier.solvers.relax import Moment, Settings
 from espalier.solvers.relax.expected import Expected
 from espalier.space import Space, ordinal
-from espalier.train import Recipe
+from espalier.train import Recipe, loop
 
 FAST: Settings = replace(SETTINGS, epochs=2, batch=32, augment=False, precision="fp32")
 TRAIN = Moment("architecture", 0, 0.5, torch.Generator().manual_seed(0))
@@ -110,6 +110,36 @@ def test_projection_is_the_nearest_within(start):
     inside = np.array([0.3, 0.4])
     assert np.allclose(budget.project(inside), inside)
     assert budget.project(inside, exact=True).prod() == pytest.approx(0.3, abs=1e-5)
+
+
+def many_groups(*limits):
+    """Eight groups of 10 units; a limit is the groups that it counts and their most units."""
+    names = [f"g{i}" for i in range(8)]
+    counts = dict.fromkeys(names, tuple(range(1, 11)))
+    space = Space([ordinal(n, *counts[n]) for n in names])
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in names))
+    places = {n: [Place(f"{i}.weight", torch.arange(10)[None])] for i, n in enumerate(names)}
+    options = {n: space[n].options for n in names}
+    grid = torch.arange(1.0, 11)
+    capped = [
+        Capped(f"limit{i}", Expected(space.names, options, {(n,): grid for n in of}), most)
+        for i, (of, most) in enumerate(limits)
+    ]
+    return Budget(Gated(model, space, counts, places), capped)
+
+
+def test_projection_up_goes_all_the_way_to_the_limit():
+    budget = many_groups(([f"g{i}" for i in range(8)], 72.0))
+    found = budget.project(np.full(8, 0.1), exact=True)
+    assert found == pytest.approx(np.full(8, 0.9), abs=1e-5)
+    assert sum(budget.settle(np.full(8, 0.1)).values()) == 72
+
+
+def test_projection_keeps_limits_that_have_nothing_in_common():
+    budget = many_groups((["g0", "g1"], 12.0), (["g2"], 3.0))
+    found = budget.project(np.ones(8))
+    assert found == pytest.approx(np.array([0.6, 0.6, 0.3, 1, 1, 1, 1, 1]), abs=1e-5)
+    assert list(budget.settle(np.ones(8)).values()) == [6, 6, 3, 10, 10, 10, 10, 10]
 
 
 def test_settles_on_what_fits_and_leaves_nothing():
@@ -228,6 +258,20 @@ def test_masks_are_refused_by_name_and_length():
         weight_gates(nn.Linear(2, 2), ["conv"])
 
 
+def test_shared_weights_have_one_mask_and_made_ones_none():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    nn.utils.parametrizations.weight_norm(tied[3])
+    gated = weight_gates(tied)
+    assert gated.mixable == ("sparsity:0",)
+    gated.mix({"sparsity:0": torch.zeros(16)})
+    x = torch.randn(2, 4)
+    wanted = tied[3](tied[2].bias.expand(2, 4))
+    assert torch.allclose(gated.eval()(x), wanted, atol=1e-6)
+    with pytest.raises(EspalierError, match="weights of '3' are computed"):
+        weight_gates(tied, ["3"])
+
+
 def test_gradient_of_a_mask_whose_weights_follow():
     """On a linear loss c z the weights settle at -m c / curvature, and the loss is -(m c)^2 / it."""
     c, curvature = torch.tensor([1.0, -2.0, 0.5]), 0.7
@@ -334,16 +378,19 @@ def test_methods_settle_within_the_limit(method):
     assert not torch.equal(learned["conv.weight"], family().model.conv.weight)
 
 
-def test_a_killed_run_ends_in_the_same_bits(tmp_path):
-    whole = dsa(family(), task(), {"macs": "50%"}, settings=FAST)
+@pytest.mark.parametrize("method", [dsa, pas, bip])
+def test_a_killed_run_ends_in_the_same_bits(tmp_path, method):
+    if method is bip:  # its threshold is looked for every fourth step, an epoch has three
+        method = partial(bip, rate=0.5)
+    whole = method(family(), task(), {"macs": "50%"}, settings=FAST)
 
     def stop(done, total, text):
         raise KeyboardInterrupt
 
     at = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        dsa(family(), task(), {"macs": "50%"}, settings=FAST, checkpoint=at, progress=stop)
-    again = dsa(family(), task(), {"macs": "50%"}, settings=FAST, checkpoint=at)
+        method(family(), task(), {"macs": "50%"}, settings=FAST, checkpoint=at, progress=stop)
+    again = method(family(), task(), {"macs": "50%"}, settings=FAST, checkpoint=at)
     assert again.candidate == whole.candidate
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor)
@@ -387,6 +434,32 @@ def test_levels_are_inside_one_another():
     whole = sum(4 * t.numel() for t in family().model.state_dict().values())
     scores = 4 * sum(net.gated.units.values())
     assert net.bytes() == {"all": whole + 2 * extra + scores, "one": whole}
+
+
+def test_levels_that_were_killed_end_in_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    recipe = Recipe(epochs=2, batch=32, lr=0.02, augment=False, precision="fp32")
+    within = [{"macs": "60%"}]
+    whole = nested(family(), task(), within, recipe, rate=0.5)
+
+    def stop(done, total, text):
+        raise KeyboardInterrupt
+
+    at = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        nested(family(), task(), within, recipe, rate=0.5, checkpoint=at, progress=stop)
+    again = nested(family(), task(), within, recipe, rate=0.5, checkpoint=at)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("changed", [{"label_smoothing": 0.5}, {"precision": "bf16"}])
+def test_levels_learn_by_the_whole_recipe(changed):
+    plain = Recipe(epochs=1, batch=32, augment=False, precision="fp32", label_smoothing=0.0)
+    within = [{"macs": "60%"}]
+    first = nested(family(), task(), within, plain).gated.model.linear.weight
+    second = nested(family(), task(), within, replace(plain, **changed)).gated.model.linear.weight
+    assert not torch.equal(first, second)
 
 
 def test_levels_get_tighter():

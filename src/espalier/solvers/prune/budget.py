@@ -84,41 +84,43 @@ class Budget:
             return point
         start = point
         for _ in range(_TURNS):
-            slope = self._slope(point)
-            point = self._along(start, slope)
+            point = self._along(start, point, self._tightest(point))
         for _ in range(len(self.capped)):  # what another limit still asks for
             if self.over(point) > 1e-9:
-                point = self._along(point, self._slope(point))
+                point = self._along(point, point, self._tightest(point))
         return point
 
-    def _along(self, start: Shares, slope: Shares) -> Shares:
-        """From `start` against the slope, up or down, to where the tightest limit is just kept."""
-        low, high = 0.0, 0.0
-        reach = 1.0
-        while self.over(self._at(start, slope, high)) > 0:
-            low, high, reach = high, reach, 2 * reach
-            if reach > 1e9:
-                return self.least.copy()
-        reach = 1.0
-        while high == 0 and self.over(self._at(start, slope, low)) <= 0 and low > -1e9:
-            high, low, reach = low, -reach, 2 * reach
+    def _tightest(self, shares: Shares) -> int:
+        costs = self.costs(shares)
+        return int(np.argmax([c / one.most for c, one in zip(costs, self.capped, strict=True)]))
+
+    def _along(self, start: Shares, at: Shares, limit: int) -> Shares:
+        """From `start` along a cost's gradient at a point, down or up, to where its limit is just kept."""
+        slope = self._slope(at, limit)
+
+        def broken(step: float) -> bool:
+            cost = self._tables[limit](self._hats(self._at(start, slope, step)))
+            return cost > self.capped[limit].most
+
+        down = broken(0.0)
+        near, far = 0.0, 1.0 if down else -1.0
+        while broken(far) == down:
+            near, far = far, 2 * far
+            if abs(far) > 1e9:
+                return self.least.copy() if down else self._at(start, slope, near)
+        low, high = (near, far) if down else (far, near)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            if self.over(self._at(start, slope, middle)) > 0:
-                low = middle
-            else:
-                high = middle
+            low, high = (middle, high) if broken(middle) else (low, middle)
         return self._at(start, slope, high)
 
     def _at(self, start: Shares, slope: Shares, step: float) -> Shares:
         return np.clip(start - step * slope, self.least, 1.0)
 
-    def _slope(self, shares: Shares) -> Shares:
-        """The gradient of the tightest cost, of length 1."""
-        costs = self.costs(shares)
-        tightest = int(np.argmax([c / one.most for c, one in zip(costs, self.capped, strict=True)]))
+    def _slope(self, shares: Shares, limit: int) -> Shares:
+        """The gradient of a limit's cost, of length 1."""
         given = torch.tensor(shares, requires_grad=True)
-        total = self.capped[tightest].cost(self.probabilities(given))
+        total = self.capped[limit].cost(self.probabilities(given))
         (found,) = torch.autograd.grad(total, given)
         out: Shares = found.numpy()
         return out / max(float(np.linalg.norm(out)), 1e-12)

@@ -28,6 +28,7 @@ from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe, loop, losses
 from espalier.train.loop import Progress
+from espalier.train.precision import Format, autocast
 from espalier.train.seeds import generator
 
 if TYPE_CHECKING:
@@ -163,15 +164,18 @@ def nested(
     net = Nested(family, within)
     moved: dict[str, Tensor] = {}
 
-    def epoch_of(epoch: int, chosen: Any) -> loop.Step:
+    def epoch_of(epoch: int, chosen: Format) -> loop.Step:
+        net.refresh()  # what an epoch depends on is in its checkpoint, thresholds are not
+
         def step(x: Tensor, y: Tensor, index: int) -> Tensor:
             moved.update({n: s.clone().requires_grad_() for n, s in net.scores.items()})
             whole: Tensor | None = None
             total = torch.zeros(())
             for level in range(net.levels):
                 net.run(level, net.masks(level, moved))
-                outputs = net(x)
-                loss = task.loss(outputs, y)
+                with autocast(chosen, x.device.type):
+                    outputs = net(x).float()
+                loss = losses.hard(task, outputs, y, recipe.label_smoothing)
                 if whole is None:
                     whole = outputs.detach()
                 else:

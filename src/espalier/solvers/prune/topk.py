@@ -79,6 +79,16 @@ class TopUnits(UnitGates):
         if self._steps % self.every == 0:
             self._threshold = self._found(logits)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The threshold, and how many steps there were."""
+        numbers = torch.tensor([self._threshold, self._steps], dtype=torch.float64)
+        return {"threshold": numbers}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts them back."""
+        self._threshold, steps = tensors["threshold"].tolist()
+        self._steps = int(steps)
+
     def _mask(self, name: str, found: Tensor) -> Tensor:
         with torch.no_grad():
             least = largest(found, self.gated.counts[name][0])

@@ -56,3 +56,11 @@ class Relaxation(ABC):
     def after_step(self, logits: Logits, before: Mapping[str, Tensor]) -> None:
         """Called after each architecture step, with what the logits were `before`; no gradients."""
         return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a search that goes on must have back, besides the logits."""
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` gave."""
+        return None

@@ -31,6 +31,7 @@ def save(
         tensors[f"logits/{name}"] = logit
         for key, value in problem.adam.state.get(logit, {}).items():
             tensors[f"adam/{key}/{name}"] = value
+    tensors |= {f"relaxation/{name}": t for name, t in problem.relaxation.tensors().items()}
     tensors |= {f"rule/{name}": t for name, t in rule.tensors().items()}
     for index, term in enumerate(terms):
         tensors |= {f"term{index}/{name}": t for name, t in term.tensors().items()}
@@ -48,6 +49,7 @@ def load(
             value = saved.tensors.get(f"adam/{key}/{name}")
             if value is not None:
                 problem.adam.state[logit][key] = value.to(logit.device)
+    problem.relaxation.load(_within(saved.tensors, "relaxation/"))
     rule.load(_within(saved.tensors, "rule/"))
     for index, term in enumerate(terms):
         term.load(_within(saved.tensors, f"term{index}/"))
