@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _ELEMENTS = 20_000_000  # of the matrices that are solved at once: 160 MB
-
+_ROWS = 4096  # examples that are turned to float64 at once
 _LEAST = 1e-9
 
 
@@ -38,10 +38,11 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> Moments:
         """Takes examples in; gives itself."""
-        x, y = x.double(), y.double()
-        self.gram += x.T @ x
-        self.cross += y.T @ x
-        self.square += (y * y).sum(0)
+        for few, aims in zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True):
+            a, b = few.double(), aims.double()  # so of a part only: x may be most of the memory
+            self.gram += a.T @ a
+            self.cross += b.T @ a
+            self.square += (b * b).sum(0)
         self.rows += len(x)
         return self
 
@@ -70,14 +71,12 @@ def refit(moments: Moments, start: Tensor, ridge: float, mask: Tensor | None = N
     )
     # what is left to explain; the step from `start` that explains it best
     rest = moments.cross - w @ moments.gram
-    if mask is None or bool(mask.all()):
-        found: Tensor = w + torch.linalg.solve(system, rest.T).T
-        return found
     step = torch.empty_like(w)
-    chunk = max(1, _ELEMENTS // (d * d))
-    for low in range(0, len(w), chunk):
-        part = slice(low, low + chunk)
-        step[part] = _masked(system, rest[part], mask[part])
+    may = torch.ones_like(w, dtype=torch.bool) if mask is None else mask
+    free = may.all(1)
+    step[free] = torch.linalg.solve(system, rest[free].T).T
+    for rows in torch.split(torch.nonzero(~free)[:, 0], max(1, _ELEMENTS // (d * d))):
+        step[rows] = _masked(system, rest[rows], may[rows])
     return w + step
 
 

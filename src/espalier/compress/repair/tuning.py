@@ -203,7 +203,7 @@ class Run:
         """Validates an epoch, where it is time to, and keeps its weights if they are the best."""
         state = self.state
         last = bool(state.stopped) or row["epoch"] == self.recipe.epochs
-        if state.stopped == "diverged" or not row["steps"]:
+        if state.stopped == "diverged" or not self._moved():
             return
         if self.limit is not None and not last:
             since = self.spent() - state.validation_seconds * self._validations()
@@ -223,6 +223,13 @@ class Run:
         stale = self.patience is not None or share - state.best_share >= _STALE
         if waited and stale and not state.stopped:
             state.stopped = "patience"
+
+    def _moved(self) -> bool:
+        """Whether a step was taken since the last validation: time may end before an epoch's first."""
+        name = self.task.metrics[0].name
+        rows = self.state.history
+        seen = max((i for i, row in enumerate(rows) if name in row), default=-1)
+        return any(row["steps"] for row in rows[seen + 1 :])
 
     def _validations(self) -> int:
         name = self.task.metrics[0].name
