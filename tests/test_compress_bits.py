@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from espalier.compress.bits import Bits
 from espalier.compress.pretrained import Pretrained
-from espalier.compress.ranges import best_range, calibrate
+from espalier.compress.ranges import _sample, best_range, calibrate
 from espalier.costs import Counts, OnnxRuntime
 from espalier.costs.context import Stopwatch
 from espalier.costs.count import count
@@ -164,11 +164,13 @@ def test_what_is_left_alone_says_why() -> None:
             self.twin = nn.Linear(8, 8, bias=False)
             self.twin.weight = self.tied.weight
             self.up = nn.ConvTranspose1d(4, 4, 1)
+            self.around = nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")
             self.last = nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.attention(x, x, x)[0]
-            return self.last(self.up(self.twin(self.tied(self.twice(self.twice(x))))))
+            x = self.twin(self.tied(self.twice(self.twice(x))))
+            return self.last(self.around(self.up(x)))
 
     model, x = Odd().eval(), torch.randn(2, 4, 8)
     bound = Bits().bind(model, x)
@@ -178,6 +180,7 @@ def test_what_is_left_alone_says_why() -> None:
     assert "more than once" in reasons["twice"]
     assert "shared with twin" in reasons["tied"]
     assert "ConvTranspose1d" in reasons["up"]
+    assert "pads by 'circular'" in reasons["around"]
     alone = Bits((4,), weights_only=True).bind(net(), torch.randn(2, 1, 8, 8))
     assert alone.names == ("linear",)
     assert "only packed for linear" in alone.ignored[0].reason
@@ -191,6 +194,16 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         Bits(layers=["stem.1.x"]).bind(net(), torch.randn(1, 1, 8, 8))
     only = Bits(layers=["linear"]).bind(net(), torch.randn(1, 1, 8, 8))
     assert only.names == ("linear",)
+
+
+def test_ranges_see_every_place_of_a_tensor() -> None:
+    """A stride of the number of columns would see one column alone."""
+    x = torch.zeros(1, 32, 64, 32)
+    x[..., 1:31] = torch.randn(1, 32, 64, 30)
+    x[..., 5] = 40.0
+    seen = _sample(x)
+    assert (seen == 40.0).mean() == pytest.approx(1 / 32, rel=0.2)
+    assert (seen == 0.0).mean() == pytest.approx(2 / 32, rel=0.2)
 
 
 def test_ranges_lose_least() -> None:

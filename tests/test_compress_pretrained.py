@@ -282,3 +282,14 @@ def test_zeros_take_no_room_where_they_are_not_stored():
 def test_wrong_settings_of_sparsity(settings, says):
     with pytest.raises(EspalierError, match=says):
         Sparsity(**settings)
+
+
+def test_shared_weights_are_not_made_sparse_one_by_one():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[2].weight = model[0].weight
+    bound = Sparsity().bind(model, torch.randn(2, 8))
+    assert [d.name for d in bound.decisions] == ["sparsity:3"]
+    assert [(row.layer, row.reason[-13:]) for row in bound.ignored] == [
+        ("0", "shared with 2"),
+        ("2", "shared with 0"),
+    ]

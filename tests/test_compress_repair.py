@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +16,21 @@ from torch.nn import functional
 
 from espalier import tasks, train
 from espalier.compress.ranges import calibrate
-from espalier.compress.repair import finetune, patches, recalibrate, reconstruct
-from espalier.compress.repair.distil import by_label, distance
+from espalier.compress.repair import (
+    finetune,
+    least_squares,
+    patches,
+    recalibrate,
+    reconstruct,
+    tuning,
+)
+from espalier.compress.repair.distil import distance
 from espalier.compress.repair.kept import kept_rows
 from espalier.compress.repair.least_squares import Moments, refit
 from espalier.errors import EspalierError, StudyError
 from espalier.export.quantisers import quantised
 from espalier.train import Recipe
+from espalier.train.losses import by_label, hard, soft
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +97,20 @@ def test_a_refit_is_what_numpy_finds() -> None:
     assert moments.error(found) == pytest.approx(error)
 
 
-def test_a_masked_refit_is_one_numpy_problem_a_row() -> None:
+def test_a_masked_refit_is_one_numpy_problem_a_row(monkeypatch) -> None:
     rng = np.random.default_rng(1)
-    x, y, start = rng.normal(size=(50, 6)), rng.normal(size=(50, 3)), rng.normal(size=(3, 6))
-    mask = rng.random((3, 6)) < 0.6
-    moments = Moments.empty(6, 3).add(torch.tensor(x), torch.tensor(y))
+    x, y, start = rng.normal(size=(50, 6)), rng.normal(size=(50, 4)), rng.normal(size=(4, 6))
+    mask = rng.random((4, 6)) < 0.6
+    mask[2] = True  # a row without zeros is solved as the layer's others would be
+    monkeypatch.setattr(least_squares, "_ROWS", 7)  # examples are taken in by parts
+    moments = Moments.empty(6, 4).add(torch.tensor(x), torch.tensor(y))
+    assert (moments.rows, moments.gram.numpy()) == (50, pytest.approx(x.T @ x))
+    alone = []
+    solve = least_squares._masked
+    monkeypatch.setattr(least_squares, "_masked", lambda *a: alone.append(len(a[1])) or solve(*a))
     found = refit(moments, torch.tensor(start), 0.0, torch.tensor(mask)).numpy()
-    for row in range(3):
+    assert sum(alone) == 3
+    for row in range(4):
         held = y[:, row] - x[:, ~mask[row]] @ start[row, ~mask[row]]
         expected = np.linalg.lstsq(x[:, mask[row]], held, rcond=None)[0]
         assert np.allclose(found[row, mask[row]], expected)
@@ -321,6 +337,16 @@ def test_logits_are_found_in_every_layout(shape, places) -> None:
     assert torch.equal(found[0], one)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 3, 4), (2, 12)])
+def test_losses_of_several_labels_are_those_of_each(shape) -> None:
+    ours, theirs = torch.randn(2, *shape)
+    labels = torch.randint(4, (2, 3))
+    rows, wanted = by_label(ours, labels), by_label(theirs, labels)
+    assert soft(ours, theirs, labels) == soft(rows, wanted, labels.flatten())
+    told = SimpleNamespace(loss=lambda outputs, targets: torch.tensor(0.0), name="told")
+    assert hard(told, ours, labels, 0.5) == hard(told, rows, labels.flatten(), 0.5) > 0
+
+
 def test_targets_that_are_no_class_numbers_leave_a_distance() -> None:
     """Marks for each class, one number for yes and no, answers of another count than the outputs."""
     ours, theirs = torch.randn(2, 6, 4, dtype=torch.float64)
@@ -427,7 +453,32 @@ def test_time_ends_it_with_the_rate_at_nothing(few, original) -> None:
     ran = [row for row in told["history"] if row["steps"]]
     assert 3 < len(ran) < 100
     assert ran[-1]["lr"] < 0.005
-    assert "accuracy" in told["history"][-1] or not told["history"][-1]["steps"]
+
+
+def test_the_last_steps_are_validated_wherever_time_ends(few, original, monkeypatch) -> None:
+    clock = [0.0]
+
+    def now() -> float:
+        clock[0] += 0.01
+        return clock[0]
+
+    def slow(*args):
+        clock[0] += 0.2  # so that not every epoch is validated
+        return train.evaluate(*args)
+
+    monkeypatch.setattr(tuning, "evaluate", slow)
+    begun = 0  # epochs that end before their first step
+    for limit in range(20):
+        clock[0] = 0.0
+        small = cut(original, torch.tensor([0, 3, 5]))
+        recipe = Recipe(epochs=1000, batch=100, lr=0.05)
+        told = finetune(small, original, few, recipe, seconds=1.5 + limit / 100, clock=now)
+        assert told["stopped"] == "time"
+        rows = told["history"]
+        last = max(i for i, row in enumerate(rows) if row["steps"])
+        assert any("accuracy" in row for row in rows[last:])
+        begun += last < len(rows) - 1
+    assert begun
 
 
 def test_without_a_recipe_the_time_is_used(few, original, monkeypatch) -> None:

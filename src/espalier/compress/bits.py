@@ -88,6 +88,8 @@ class Bits(Cut):
             return f"no integer kernel for {type(module).__name__} is chosen" if weighs else ""
         if self.weights_only and kind is not nn.Linear:
             return "weights alone are only packed for linear layers"
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            return f"no integer kernel pads by {module.padding_mode!r}"
         calls = len(run.of(name))
         if calls == 0:
             return "its parent uses the weight without calling the layer"

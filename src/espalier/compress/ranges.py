@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,6 +54,8 @@ def _sample(x: Tensor) -> NDArray[np.float64]:
     """Evenly spread values, with the smallest and the largest among them."""
     flat = x.detach().reshape(-1).double()
     step = max(1, flat.numel() // _SAMPLE)
+    while math.gcd(step, flat.numel()) > 1:
+        step += 1  # else it could fall on the same few columns or channels again and again
     ends = torch.stack([flat.min(), flat.max()])
     return torch.cat([flat[::step], ends]).cpu().numpy()
 

@@ -65,6 +65,9 @@ class Sparsity(Cut):
         for path, layer in model.named_modules():
             if not isinstance(layer, _SPARSE) or not self._allowed(path):
                 continue
+            if others := _sharing(model, path, layer):
+                ignored.append(Ignored(path, self.kind, f"its weight is shared with {others[0]}"))
+                continue
             inputs = layer.weight.shape[1]
             fits = [p for p in self.patterns if inputs >= _numbers(p)[1]]
             if fits or self.shares:
@@ -117,6 +120,13 @@ class BoundSparsity(BoundCut):
         twin = copy.deepcopy(layer)
         _mask(twin, option)
         return twin
+
+
+def _sharing(model: nn.Module, path: str, layer: nn.Module) -> list[str]:
+    """Modules that read the same weight: a mask for the one would be a mask for the other."""
+    weight = layer.weight
+    owners = [n for n, m in model.named_modules() if getattr(m, "weight", None) is weight]
+    return [name for name in owners if name != path]
 
 
 def share(option: Option) -> float:

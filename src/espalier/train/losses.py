@@ -23,15 +23,30 @@ def hard(task: Task, outputs: Tensor, targets: Tensor, smoothing: float) -> Tens
             f"label_smoothing needs class labels, the targets of {task.name!r} are "
             f"{targets.dtype}: set it to 0"
         )
-    uniform = -functional.log_softmax(outputs, dim=1).mean()
+    uniform = -functional.log_softmax(by_label(outputs, targets), dim=1).mean()
     return (1 - smoothing) * loss + smoothing * uniform
 
 
 def soft(outputs: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """How far outputs are from a teacher's (Hinton et al., 2015), at temperature 1.
 
-    Cross entropy between the distributions for class labels, squared error for other targets.
+    Cross entropy between the distributions for class labels, of which an example may have several,
+    squared error for other targets.
     """
     if targets.is_floating_point():
         return functional.mse_loss(outputs, teacher)
-    return functional.cross_entropy(outputs, torch.softmax(teacher, dim=1))
+    ours, theirs = (by_label(t, targets) for t in (outputs, teacher))
+    return functional.cross_entropy(ours, torch.softmax(theirs, dim=1))
+
+
+def by_label(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Logits as `(labels, classes)`: of outputs `(b, classes)`, `(b, classes, *places)`, or with the
+    classes last, `(b, *places, classes)` and `(b, places * classes)`.
+
+    Targets that are no class numbers (a mark for each class, several answers) leave a row an example.
+    """
+    if outputs.numel() == targets.numel() or outputs.numel() % targets.numel():
+        return outputs.flatten(1)
+    if outputs.ndim == targets.ndim + 1 and outputs.shape[2:] == targets.shape[1:]:
+        outputs = outputs.movedim(1, -1)
+    return outputs.reshape(targets.numel(), -1)

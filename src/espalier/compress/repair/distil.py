@@ -27,23 +27,11 @@ def distance(outputs: Tensor, wanted: Tensor, targets: Tensor, temperature: floa
     if targets.is_floating_point() or outputs.numel() == len(targets):
         return functional.mse_loss(outputs, wanted)
     ours, theirs = (
-        functional.log_softmax(by_label(t, targets) / temperature, dim=1) for t in (outputs, wanted)
+        functional.log_softmax(losses.by_label(t, targets) / temperature, dim=1)
+        for t in (outputs, wanted)
     )
     apart = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return apart * temperature**2
-
-
-def by_label(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Logits as `(labels, classes)`: of outputs `(b, classes)`, `(b, classes, *places)`, or with the
-    classes last, `(b, *places, classes)` and `(b, places * classes)`.
-
-    Targets that are no class numbers (a mark for each class, several answers) leave a row an example.
-    """
-    if outputs.numel() == targets.numel() or outputs.numel() % targets.numel():
-        return outputs.flatten(1)
-    if outputs.ndim == targets.ndim + 1 and outputs.shape[2:] == targets.shape[1:]:
-        outputs = outputs.movedim(1, -1)
-    return outputs.reshape(targets.numel(), -1)
 
 
 @dataclass
