@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -386,6 +387,38 @@ class Bound(Chain):
 
 def test_pieces_are_priced_by_rows_that_the_constraints_allow() -> None:
     family = Bound()
+    rows = family.space.enumerate()
+    counted = Counts(family).estimate_codes(rows)["params"]
+    assert (totals(family.space, cost_factors(family, "params"), rows) == counted).all()
+
+
+class Falling(Family):
+    """Layers that never get wider towards the end: few rows are allowed where two widths differ."""
+
+    shape, classes = (1, 2, 2), 3
+    names = tuple(f"w{i}" for i in range(5))
+    space = Space(  # type: ignore[assignment]
+        [ordinal(n, 1, 2, 3, 4) for n in names],
+        [Linear({a: 1.0, b: -1.0}, ">=", 0.0) for a, b in pairwise(names)],
+    )
+
+    def units(self) -> list[Unit]:
+        between = [Unit(a + b, (a, b)) for a, b in pairwise(self.names)]
+        return [Unit("first", ("w0",)), *between]
+
+    def unit(self, name: str, candidate: object) -> tuple[nn.Module, tuple[int, ...]]:
+        if name == "first":
+            return nn.Conv2d(1, candidate["w0"], 1), (1, 2, 2)  # type: ignore[index]
+        a, b = candidate[name[:2]], candidate[name[2:]]  # type: ignore[index]
+        assert a >= b
+        return nn.Conv2d(a, b, 1), (a, 2, 2)
+
+    def build(self, candidate: object) -> nn.Module:
+        return nn.Sequential(*(self.unit(u.name, candidate)[0] for u in self.units()))
+
+
+def test_pieces_are_priced_where_hardly_any_row_is_allowed() -> None:
+    family = Falling()
     rows = family.space.enumerate()
     counted = Counts(family).estimate_codes(rows)["params"]
     assert (totals(family.space, cost_factors(family, "params"), rows) == counted).all()

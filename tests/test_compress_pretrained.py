@@ -287,9 +287,10 @@ def test_wrong_settings_of_sparsity(settings, says):
 def test_shared_weights_are_not_made_sparse_one_by_one():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
     model[2].weight = model[0].weight
-    bound = Sparsity().bind(model, torch.randn(2, 8))
-    assert [d.name for d in bound.decisions] == ["sparsity:3"]
-    assert [(row.layer, row.reason[-13:]) for row in bound.ignored] == [
-        ("0", "shared with 2"),
-        ("2", "shared with 0"),
-    ]
+    family = Pretrained(model, torch.randn(2, 8), (Sparsity(patterns=()),))
+    assert family.space.names == ("sparsity:0", "sparsity:3")
+    told = [(row.layer, row.reason) for row in Sparsity().bind(model, torch.randn(2, 8)).ignored]
+    assert told == [("2", "its weight is that of 0")]
+    half = family.space.candidate({"sparsity:0": 0.5, "sparsity:3": 1.0})
+    dense, saved = 4 * (8 * 8 + 8 + 8 + 8 * 4 + 4), 4 * 64 - (4 * 32 + 64 // 8)
+    assert StoredBytes(family).estimate([half])["stored_bytes"].tolist() == [dense - saved]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -24,11 +25,12 @@ from espalier.compress.repair import (
     reconstruct,
     tuning,
 )
-from espalier.compress.repair.distil import distance
+from espalier.compress.repair.distil import Teaching, distance
 from espalier.compress.repair.kept import kept_rows
 from espalier.compress.repair.least_squares import Moments, refit
 from espalier.errors import EspalierError, StudyError
 from espalier.export.quantisers import quantised
+from espalier.problem import Metric
 from espalier.train import Recipe
 from espalier.train.losses import by_label, hard, soft
 
@@ -479,6 +481,39 @@ def test_the_last_steps_are_validated_wherever_time_ends(few, original, monkeypa
         assert any("accuracy" in row for row in rows[last:])
         begun += last < len(rows) - 1
     assert begun
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_a_metric_may_have_the_name_of_the_loss(few, original, seconds) -> None:
+    by_loss = copy.copy(few)
+    by_loss.metrics = (Metric("loss", "nats", "min", "measured"),)
+    by_loss.measure = lambda out, labels: {"loss": float(functional.cross_entropy(out, labels))}
+    small = cut(original, torch.tensor([0, 3, 5]))
+    told = finetune(small, original, by_loss, QUICK, seconds=seconds)
+    assert told["after"]["loss"] < told["before"]["loss"]
+    assert told["best_epoch"] > 0
+
+
+def test_what_came_before_a_divergence_is_validated(few, original, monkeypatch) -> None:
+    losses, clock = iter([0.0] * 5 + [math.nan]), [0.0]
+    teach = Teaching.loss
+
+    def breaks(self, *args):
+        clock[0] += 0.01
+        return teach(self, *args) + next(losses)
+
+    def slow(*args):
+        clock[0] += 1.0  # not every epoch is validated
+        return train.evaluate(*args)
+
+    monkeypatch.setattr(Teaching, "loss", breaks)
+    monkeypatch.setattr(tuning, "evaluate", slow)
+    small = cut(original, torch.tensor([0, 3, 5]))
+    recipe = Recipe(epochs=1000, batch=100, lr=0.05)
+    told = finetune(small, original, few, recipe, seconds=60.0, clock=lambda: clock[0])
+    assert told["stopped"] == "diverged"
+    assert [row["steps"] for row in told["history"]] == [2, 2, 1]
+    assert ["accuracy" in row for row in told["history"]] == [False, False, True]
 
 
 def test_without_a_recipe_the_time_is_used(few, original, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from espalier.compress.pretrained import Pretrained
 from espalier.compress.two_way import TwoWay, pattern, plain, two_way
 from espalier.compress.widths import Widths
 from espalier.costs import count
-from espalier.errors import BudgetError, EspalierError, SpaceError
+from espalier.errors import BudgetError, EspalierError, SpaceError, StudyError
 from espalier.recipes._parts.small_cnn import SmallCNN
 from espalier.solvers.allocate import totals
 from espalier.solvers.prune import (
@@ -270,6 +270,11 @@ def test_shared_weights_have_one_mask_and_made_ones_none():
     assert torch.allclose(gated.eval()(x), wanted, atol=1e-6)
     with pytest.raises(EspalierError, match="weights of '3' are computed"):
         weight_gates(tied, ["3"])
+    words = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+    words[1].weight = words[0].weight
+    gated = weight_gates(words)  # the classifier's mask is the embedding's too
+    gated.mix({"sparsity:1": torch.zeros(24)})
+    assert not gated.eval()(torch.tensor([[1, 2]])).any()
 
 
 def test_gradient_of_a_mask_whose_weights_follow():
@@ -448,6 +453,8 @@ def test_levels_that_were_killed_end_in_the_same_bits(tmp_path, monkeypatch):
     at = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
         nested(family(), task(), within, recipe, rate=0.5, checkpoint=at, progress=stop)
+    with pytest.raises(StudyError, match=r"rate was 0\.5"):
+        nested(family(), task(), within, recipe, rate=0.1, checkpoint=at)
     again = nested(family(), task(), within, recipe, rate=0.5, checkpoint=at)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name

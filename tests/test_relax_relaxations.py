@@ -181,6 +181,22 @@ def test_edges_share_the_weight_of_their_node():
     )
 
 
+def test_edges_keep_what_the_inner_relaxation_must_have_back():
+    class Remembers(Softmax):
+        seen = torch.zeros(1)
+
+        def tensors(self):
+            return {"seen": self.seen}
+
+        def load(self, tensors):
+            self.seen = tensors["seen"]
+
+    saved = EdgeNormalised(Remembers()).tensors()
+    again = EdgeNormalised(Remembers())
+    again.load({"seen": saved["seen"] + 1})
+    assert again.inner.seen.tolist() == [1.0]
+
+
 def test_edges_of_gates_stay_gates():
     relaxation = EdgeNormalised(BinaryGates())
     given = relaxation.start(Bare(), ("b", "c"), torch.Generator().manual_seed(0))

@@ -99,14 +99,18 @@ def weight_gates(model: nn.Module, layers: Sequence[str] | None = None, steps: i
     """A model with a mask on every single weight of its convolutions and linear layers.
 
     `layers`: their paths, all but none by default. A decision a layer, "sparsity:PATH": the share of
-    its weights that is kept, in so many steps; weights that layers share are masked by the first of
-    them, weights that are computed (weight norm) are left alone.
+    its weights that is kept, in so many steps. A weight that several read (a classifier tied to the
+    embedding) has one mask, by the first of these layers; weights that are computed (weight norm) are left alone.
     Errors: `EspalierError` for a layer without weights of its own.
     """
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     every = {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
-    own = {name for name, _ in model.named_parameters()}  # shared ones by their first name
-    found = {path: m for path, m in every.items() if f"{path}.weight".lstrip(".") in own}
+    named = {id(p): name for name, p in model.named_parameters()}  # shared ones by their first name
+    owners: dict[int, str] = {}
+    for path, layer in every.items():
+        if id(layer.weight) in named:
+            owners.setdefault(id(layer.weight), path)
+    found = {path: every[path] for path in owners.values()}
     for path in layers or ():
         if path in every and path not in found:
             rule = "are computed, or are another layer's: no mask of its own fits"
@@ -122,5 +126,5 @@ def weight_gates(model: nn.Module, layers: Sequence[str] | None = None, steps: i
         grid = sorted({math.ceil(size * (i + 1) / steps) for i in range(steps)})
         counts[name] = grid
         decisions.append(ordinal(name, *(count / size for count in grid)))
-        places[name] = [Place(f"{path}.weight".lstrip("."))]
+        places[name] = [Place(named[id(layer.weight)])]
     return Gated(model, Space(decisions), counts, places)

@@ -62,11 +62,13 @@ class Sparsity(Cut):
         """The layers of a model. Errors: `EspalierError` when `layers` matches none."""
         options: dict[str, tuple[Option, ...]] = {}
         ignored = []
+        owners: dict[int, str] = {}  # the first layer of those that share a weight decides for all
         for path, layer in model.named_modules():
             if not isinstance(layer, _SPARSE) or not self._allowed(path):
                 continue
-            if others := _sharing(model, path, layer):
-                ignored.append(Ignored(path, self.kind, f"its weight is shared with {others[0]}"))
+            first = owners.setdefault(id(layer.weight), path)
+            if first != path:
+                ignored.append(Ignored(path, self.kind, f"its weight is that of {first}"))
                 continue
             inputs = layer.weight.shape[1]
             fits = [p for p in self.patterns if inputs >= _numbers(p)[1]]
@@ -120,13 +122,6 @@ class BoundSparsity(BoundCut):
         twin = copy.deepcopy(layer)
         _mask(twin, option)
         return twin
-
-
-def _sharing(model: nn.Module, path: str, layer: nn.Module) -> list[str]:
-    """Modules that read the same weight: a mask for the one would be a mask for the other."""
-    weight = layer.weight
-    owners = [n for n, m in model.named_modules() if getattr(m, "weight", None) is weight]
-    return [name for name in owners if name != path]
 
 
 def share(option: Option) -> float:

@@ -31,9 +31,9 @@ def soft(outputs: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """How far outputs are from a teacher's (Hinton et al., 2015), at temperature 1.
 
     Cross entropy between the distributions for class labels, of which an example may have several,
-    squared error for other targets.
+    squared error for other targets and for outputs that are one number for each label.
     """
-    if targets.is_floating_point():
+    if targets.is_floating_point() or outputs.numel() == len(targets):
         return functional.mse_loss(outputs, teacher)
     ours, theirs = (by_label(t, targets) for t in (outputs, teacher))
     return functional.cross_entropy(ours, torch.softmax(theirs, dim=1))
@@ -43,7 +43,8 @@ def by_label(outputs: Tensor, targets: Tensor) -> Tensor:
     """Logits as `(labels, classes)`: of outputs `(b, classes)`, `(b, classes, *places)`, or with the
     classes last, `(b, *places, classes)` and `(b, places * classes)`.
 
-    Targets that are no class numbers (a mark for each class, several answers) leave a row an example.
+    Targets that are no class numbers (a mark for each class, answers of which the outputs are no
+    multiple) leave a row an example.
     """
     if outputs.numel() == targets.numel() or outputs.numel() % targets.numel():
         return outputs.flatten(1)

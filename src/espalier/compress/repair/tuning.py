@@ -42,6 +42,8 @@ class State:
     best_epoch: int = 0
     best_share: float = 0.0  # of the training that was over then
     waited: int = 0  # validations since the best
+    validations: int = 0
+    validated: int = 0  # epochs that were over at the last one
     seconds: float = 0.0
     validation_seconds: float = 0.0
     stopped: str = ""
@@ -203,18 +205,20 @@ class Run:
         """Validates an epoch, where it is time to, and keeps its weights if they are the best."""
         state = self.state
         last = bool(state.stopped) or row["epoch"] == self.recipe.epochs
-        if state.stopped == "diverged" or not self._moved():
-            return
+        trained = [r["epoch"] for r in state.history[state.validated :] if r["steps"]]
+        if not trained or (state.stopped == "diverged" and not self._finite()):
+            return  # time may end before an epoch's first step, with earlier ones to be validated
         if self.limit is not None and not last:
-            since = self.spent() - state.validation_seconds * self._validations()
-            if since < _SELDOM * state.validation_seconds * self._validations():
+            looked = state.validation_seconds * (1 + state.validations)
+            if self.spent() - looked < _SELDOM * looked:
                 return
         row |= (found := self._validate())
+        state.validations, state.validated = state.validations + 1, len(state.history)
         metric = self.task.metrics[0]
         new, old = found[metric.name], state.best[metric.name]
         share = self._done(row["epoch"] * self.steps, 0.0)
         if new > old if metric.goal == "max" else new < old:
-            state.best, state.best_epoch, state.waited = found, row["epoch"], 0
+            state.best, state.best_epoch, state.waited = found, trained[-1], 0
             state.best_share = share
             self.best = copy.deepcopy(self.model.state_dict())
             return
@@ -224,16 +228,8 @@ class Run:
         if waited and stale and not state.stopped:
             state.stopped = "patience"
 
-    def _moved(self) -> bool:
-        """Whether a step was taken since the last validation: time may end before an epoch's first."""
-        name = self.task.metrics[0].name
-        rows = self.state.history
-        seen = max((i for i, row in enumerate(rows) if name in row), default=-1)
-        return any(row["steps"] for row in rows[seen + 1 :])
-
-    def _validations(self) -> int:
-        name = self.task.metrics[0].name
-        return 1 + sum(name in row for row in self.state.history)
+    def _finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
 
     def _validate(self) -> dict[str, float]:
         begun = self.clock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from espalier.solvers.allocate.tables import Scope, Whole
 from espalier.space import Forbid, Linear, Space
 
 _MOST = 200_000  # combinations of one table
+_COMPLETED = 1.0  # seconds to complete a row in
 
 
 @dataclass(frozen=True)
@@ -194,12 +196,29 @@ class Model:
             raise EspalierError(f"the program can't be read: {self._model.validate()}")
         if status not in ("optimal", "feasible"):
             return Answer(status, None, solver.best_objective_bound)
+        return Answer(status, self._row(solver), solver.best_objective_bound)
+
+    def completed(self, where: Sequence[int], codes: NDArray[Any]) -> NDArray[Any]:
+        """A valid row for each row of codes in some columns; where none is found, zeros."""
+        solver = self._cp.CpSolver()
+        solver.parameters.num_workers, solver.parameters.max_time_in_seconds = 1, _COMPLETED
+        out = np.zeros((len(codes), len(self.space)), dtype=self.space.dtype)
+        for row, wanted in zip(out, codes.tolist(), strict=True):
+            self._model.clear_assumptions()
+            self._model.add_assumptions(
+                [self._options[j][int(code)] for j, code in zip(where, wanted, strict=True)]
+            )
+            if solver.status_name(solver.solve(self._model)).lower() in ("optimal", "feasible"):
+                row[:] = self._row(solver)
+        self._model.clear_assumptions()
+        return out
+
+    def _row(self, solver: Any) -> NDArray[Any]:
         codes = [
             next(i for i, variable in enumerate(options) if solver.boolean_value(variable))
             for options in self._options
         ]
-        row = np.array(codes).astype(self.space.dtype)
-        return Answer(status, row, solver.best_objective_bound)
+        return np.array(codes).astype(self.space.dtype)
 
 
 def programs() -> Any:

@@ -14,12 +14,12 @@ from espalier.costs import Builder, Counts
 from espalier.costs.cost import CodeCost
 from espalier.costs.pieces import Terms
 from espalier.errors import EspalierError, unknown
+from espalier.solvers.allocate.cpsat import Model
 from espalier.solvers.allocate.factor import Array, Factor, columns
 from espalier.space import Real, Space
 
 Codes = NDArray[Any]
 _MOST = 2000  # combinations of one unit that are looked up; beyond, pairs of decisions
-_DRAWS = 32  # of what stands outside a unit, where constraints forbid a combination of it
 
 
 class Additive(Protocol):
@@ -117,29 +117,39 @@ def _rows(space: Space, names: Sequence[str]) -> Codes:
 
 
 def _allowed(space: Space, rows: Codes, scope: Sequence[str]) -> Codes:
-    """Rows as they are, but those that constraints forbid are allowed where others outside a scope
-    make them so: all of them at one option (equal widths are one choice), or at random ones."""
-    bad = np.flatnonzero(~space.valid(rows))
-    tied = set(scope)
+    """Rows as they are, but those that constraints forbid only for what stands outside a scope have
+    that changed: to one option all (equal widths are one choice), or as a program finds it."""
+    own, tied = set(scope), set(scope)
     while more := {n for c in space.constraints if tied & {*c.names} for n in c.names} - tied:
         tied |= more
-    free = [j for j, d in enumerate(space.decisions) if d.name in tied and d.name not in scope]
-    counts = np.array([space.decisions[j].count for j in free])
-    if not len(bad) or not counts.all() or not free:
+    free = [
+        j for j, d in enumerate(space.decisions) if d.name in tied - own and not isinstance(d, Real)
+    ]
+    within = [c for c in space.constraints if {*c.names} <= own]
+    bad = np.flatnonzero(~space.valid(rows))
+    bad = bad[Space(space.decisions, within).valid(rows[bad])]
+    if not len(bad) or not free:
         return rows
-    rng = np.random.default_rng(0)
-    alike = (np.minimum(k, counts - 1) for k in range(counts.max()))
-    drawn = (rng.integers(counts) for _ in range(_DRAWS))
+    counts = np.array([space.decisions[j].count for j in free])
     out = rows.copy()
-    for codes in (*alike, *drawn):
+    for option in range(counts.max()):
         again = rows[bad]
-        again[:, free] = codes
+        again[:, free] = np.minimum(option, counts - 1)
         again = space.canonical(again)
         fits = space.valid(again)
         out[bad[fits]] = again[fits]
         bad = bad[~fits]
         if not len(bad):
-            break
+            return out
+    held = {n for c in space.constraints for n in c.names if n in own}
+    keys = columns(space, closed(space, sorted(held)))
+    found, which = np.unique(rows[bad][:, keys], axis=0, return_inverse=True)
+    completed = Model(space).completed(keys, found)
+    again = rows[bad]
+    again[:, free] = completed[which.ravel()][:, free]
+    again = space.canonical(again)
+    fits = space.valid(again)
+    out[bad[fits]] = again[fits]
     return out
 
 

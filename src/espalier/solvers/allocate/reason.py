@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ def _reach(
     refused: Sequence[Codes],
     seconds: float,
 ) -> float | None:
-    """The best value of a limit's cost under other limits; None where there is none."""
+    """The best value of a limit's cost under other limits, as far as time allows; None where there
+    is none."""
     seconds = min(seconds, _SECONDS)
     tables = program.tables[limit.metric]
     model = program.model(others, refused)
@@ -57,15 +59,22 @@ def _reach(
     found = program.cost(limit.metric, answer.row[None])
     peaks = [f.values.ravel() for f in program.costs[limit.metric] if f.peak]
     lower = np.unique(np.concatenate([*peaks, np.empty(0)]))
-    low, high = 0, int(np.searchsorted(lower, found))
+    least = max((float(p.min()) for p in peaks), default=-np.inf)
+    low, high = (int(np.searchsorted(lower, v)) for v in (least, found))
+    until = time.monotonic() + seconds
     while low < high:  # the least peak under which there still is a candidate
         middle = (low + high) // 2
         below = replace(limit, bound=float(lower[middle]))
-        answer = program.model([*others, below], refused).solve(seconds, 1, 0)
-        if answer.row is None:
+        model = program.model([*others, below], refused)
+        if (left := until - time.monotonic()) <= 0:
+            break
+        answer = model.solve(left, 1, 0)
+        if answer.row is not None:
+            high, found = middle, program.cost(limit.metric, answer.row[None])
+        elif answer.status == "infeasible":
             low = middle + 1
         else:
-            high, found = middle, program.cost(limit.metric, answer.row[None])
+            break
     return found
 
 

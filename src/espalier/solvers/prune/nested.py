@@ -194,6 +194,7 @@ def nested(
             net.refresh()
 
     settings = {"method": "nested", "within": [dict(w) for w in within], "distil": distil}
+    settings["rate"] = rate
     loop.train(net, task, recipe, seed, epoch_of, settings, checkpoint, progress, after_step)
     net.refresh()
     net.settle()

@@ -46,6 +46,8 @@ class Consensus(Term):
     def __call__(self, moment: Moment, state: TermState) -> Tensor:
         """The squared distance, a scalar."""
         shares = self._shares(state.probabilities)
+        if self._near is not None and self._debt is not None:  # a checkpoint's are on the CPU
+            self._near, self._debt = self._near.to(shares), self._debt.to(shares)
         if self._near is None or self._debt is None:
             self._debt = torch.zeros_like(shares.detach())
             self._near = self._projected(shares.detach())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.compress.masks import Bilinear
+from espalier.errors import StudyError
 from espalier.solvers.prune.budget import Budget
 from espalier.solvers.prune.gates import UnitGates, largest, straight
 from espalier.solvers.relax.moment import Moment
@@ -85,7 +86,11 @@ class TopUnits(UnitGates):
         return {"threshold": numbers}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts them back."""
+        """Puts them back. Errors: `StudyError` for a checkpoint of before they were kept."""
+        if "threshold" not in tensors:
+            raise StudyError(
+                "the checkpoint is of an earlier version, without the threshold of its masks: remove it"
+            )
         self._threshold, steps = tensors["threshold"].tolist()
         self._steps = int(steps)
 

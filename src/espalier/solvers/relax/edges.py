@@ -79,5 +79,13 @@ class EdgeNormalised(Relaxation):
         """The inner relaxation's."""
         self.inner.after_step(self._own(logits), before)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The inner relaxation's."""
+        return self.inner.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inner relaxation's."""
+        self.inner.load(tensors)
+
     def _own(self, logits: Logits) -> Logits:
         return {name: found for name, found in logits.items() if name not in self._edges}
