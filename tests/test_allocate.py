@@ -272,6 +272,16 @@ def test_units_that_many_decisions_decide_are_sums_over_pairs(
         cost_factors(family, "activation_bytes")
 
 
+def test_what_is_left_out_costs_nothing_in_sums_over_pairs_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = Chain()
+    rows = family.space.enumerate()
+    counted = Counts(family).estimate_codes(rows)["params"]
+    monkeypatch.setattr(pricing, "_MOST", 3)
+    assert (totals(family.space, cost_factors(family, "params"), rows) == counted).all()
+
+
 class Told:
     """A family of a space only, whose harm is a sum with one interaction."""
 
@@ -324,6 +334,44 @@ def test_a_profile_adds_up_to_harm_and_is_measured_once() -> None:
     assert again.to_json() == found.to_json()
     read = Profile.from_json(json.loads(json.dumps(found.to_json())))
     assert read.to_json() == found.to_json()
+
+
+def test_a_hurried_profile_measures_the_furthest_first_and_draws_what_lies_between() -> None:
+    class Long(Told):
+        """Harm of `a` is the square of the way; `c` has no order."""
+
+        space = Space(
+            [ordinal("a", 1, 2, 3, 4, 5), choice("c", "x", "y", "z"), ordinal("b", 1, 2, 3, 4)]
+        )
+        alone = (
+            Factor(("a",), np.array([16.0, 9.0, 4.0, 1.0, 0.0])),
+            Factor(("c",), np.array([2.0, -1.0, 0.0])),
+            Factor(("b",), np.array([3.0, 2.5, 0.25, 0.0])),
+        )
+
+    whole = profile(Long(), Long().harm)
+    family, asked, steps = Long(), list[str](), list[tuple[int, int]]()
+
+    def hurried(name: str) -> bool:
+        asked.append(name)
+        return name == "a"
+
+    found = profile(
+        family, family.harm, hurried=hurried, progress=lambda d, n, _: steps.append((d, n))
+    )
+    assert family.asked == [
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]  # the original, two furthest, `c`, what is between of `b`
+    assert asked == ["a", "b"]
+    assert found.drawn == ("a",)
+    for ours, theirs in zip(found.factors, whole.factors, strict=True):
+        assert ours.values == pytest.approx(theirs.values)
+    assert steps[-1][0] == steps[-1][1]
+    assert Profile.from_json(json.loads(json.dumps(found.to_json()))).drawn == ("a",)
 
 
 def test_noise_of_a_profile_is_smoothed_along_ordered_options_only() -> None:

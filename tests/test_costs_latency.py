@@ -206,6 +206,18 @@ def test_what_disturbs() -> None:
     assert "within 9%" in runtime.disturbed(0.0, spread=0.09)
     assert "did not run for 30%" in runtime.disturbed(0.0, stolen=0.3)
     assert OnnxRuntime(threads=2).disturbed(0.0, stolen=0.3) == ""  # threads wait for each other
+    assert OnnxRuntime(threads=999).disturbed(0.0) == ""  # as many as there are cores are free
+
+
+def test_boards_of_one_kind_of_processor_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/cpuinfo": "processor: 0\n", "/proc/device-tree/model": "Raspberry Pi 4\0"}
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
+    assert machine.processor() == "Raspberry Pi 4"
+    files["/proc/cpuinfo"] = "model name\t: Intel(R) Xeon(R)\nmodel name\t: other\n"
+    assert machine.processor() == "Intel(R) Xeon(R)"
+    files.clear()
+    monkeypatch.setattr(machine, "_brand", lambda: "")
+    assert machine.processor()
 
 
 @pytest.mark.parametrize(

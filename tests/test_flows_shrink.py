@@ -20,12 +20,15 @@ from torch import nn
 
 import espalier as esp
 from espalier.compress.sparsity import stored_bytes
+from espalier.compress.widths import Widths
 from espalier.costs.side_by_side import Ratio, ratio
 from espalier.errors import BudgetError, DataError, EspalierError, StudyError
 from espalier.flows import fitting, gating, repairing, solving
 from espalier.flows.finals import Entry
 from espalier.flows.importances import importances
 from espalier.flows.progress import Silent
+from espalier.flows.rivals import rivals
+from espalier.flows.shrink_identity import settings_of
 from espalier.flows.shrinking import LATENCY
 from espalier.flows.shrunk import best_first
 from espalier.flows.shrunk_result import _decided_by
@@ -211,6 +214,8 @@ def test_a_limit_on_time_is_shared_by_three(
         study=study,
         trains=True,
         untuned=[],
+        validation_seconds=0.0,
+        task=SimpleNamespace(size=lambda split: 100),
         left=lambda: None if seconds is None else 8.0 + seconds,
     )
     out = repairing.repair_all(job, {name: Number(id=name) for name in "abcd"})
@@ -234,7 +239,10 @@ def test_a_second_answer_has_the_time_that_is_left_or_a_quarter_of_the_first(
     study = SimpleNamespace(
         once=lambda key, compute: known.get(key) or compute(), recorded=lambda: known
     )
-    job: Any = SimpleNamespace(study=study, trains=True, untuned=[], left=lambda: left)
+    task = SimpleNamespace(size=lambda split: 100)
+    job: Any = SimpleNamespace(
+        study=study, trains=True, untuned=[], left=lambda: left, validation_seconds=0.0, task=task
+    )
     repairing.repair_all(job, {"shrunk": Number(id="a")}, again=True)
     assert spent == [had]
 
@@ -612,6 +620,59 @@ def test_a_lucky_look_just_within_the_limit_is_looked_at_again() -> None:
     assert 40 < answer.id < 49
     assert looks[49] == 3
     assert looks[answer.id] == 1  # well within
+
+
+def test_where_another_limit_binds_the_bound_on_latency_is_not_raised_again_and_again() -> None:
+    job, asked = fake_job(1.0), list[float]()
+
+    def within_bytes(limits: Any) -> Any:
+        asked.append(limits[0].bound)
+        return Number(id=int(min(limits[0].bound, 30)))
+
+    assert fitting.fitted(job, "fake", within_bytes).id == 30
+    assert len(asked) <= 3
+
+
+def test_time_to_read_splits_is_kept_free() -> None:
+    sizes = {"validation": 500, "test": 1000}
+    job: Any = SimpleNamespace(
+        left=lambda: 208.0, validation_seconds=2.0, task=SimpleNamespace(size=sizes.get)
+    )
+    # four networks and the original read test in 4 s each, one is only mended: two passes of 2 s
+    assert repairing._share(job, 4) == pytest.approx((208 - 8 - 5 * 4 - 2 * 2) / 3)
+    job.validation_seconds = 100.0
+    assert repairing._share(job, 4) == pytest.approx((208 / 2 - 8) / 3)
+
+
+def test_rivals_are_not_looked_for_when_the_time_is_spent() -> None:
+    job = fake_job(1.0)
+    job.left, job.family.cuts = lambda: -1.0, ()
+    assert rivals(job) == {}
+
+
+def test_masks_learn_within_what_the_table_says_of_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has a pace of its own: half of the measured latency is half of the predicted."""
+    job = fake_job(2.0)
+    asked = list[Any]()
+
+    def prune(family: Any, task: Any, limits: Any, **settings: Any) -> Any:
+        asked.extend(limits)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gating.METHODS, "relax", gating.Method(prune, 1.0))
+    job.study = SimpleNamespace(folder=tmp_path, once=lambda key, compute: compute())
+    job.task, job.seed = None, 0
+    with pytest.raises(KeyboardInterrupt):
+        gating.relaxing(job, "relax")
+    assert [x.bound for x in asked] == [25.0]
+
+
+def test_cuts_with_other_scores_are_other_cuts() -> None:
+    ones, twos = ({"a": torch.full((4,), v)} for v in (1.0, 2.0))
+    assert settings_of(Widths(scores=ones)) != settings_of(Widths(scores=twos))
+    assert settings_of(Widths(scores=ones)) == settings_of(Widths(scores=dict(ones)))
 
 
 def test_what_seems_harmless_is_not_cut_unless_a_limit_asks(

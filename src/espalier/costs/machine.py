@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,26 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name; of boards that do not tell it, the board's."""
+    told = _read("/proc/cpuinfo").splitlines()
+    named = [line.split(":", 1)[1].strip() for line in told if line.startswith("model name")]
+    found = [*named[:1], _read("/proc/device-tree/model").strip("\0\n "), _brand()]
+    return next(filter(None, found), platform.processor() or platform.machine())
+
+
+def _read(path: str) -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        return Path(path).read_text(errors="replace")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+
+
+def _brand() -> str:
+    """What macOS calls the processor: all of one maker have the same machine type."""
+    if platform.system() != "Darwin":
+        return ""
+    try:
+        ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ class OnnxRuntime:
             if example is None:
                 raise EspalierError("measuring a network needs an example input: measure(net, x)")
             example = self.batched(example)
+            if any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
+                model = copy.deepcopy(model).cpu()  # where it is exported; the caller's stays
             model = to_onnx(model, example, fast=True)
         load = machine.load_now()
         start = machine.snapshot()
@@ -125,7 +128,7 @@ class OnnxRuntime:
     def disturbed(self, load: float, spread: float = 0.0, stolen: float = 0.0) -> str:
         """Why timings taken under this load can't be trusted, or '' where they can."""
         cores, reasons = machine.cores(), []
-        if cores - load < self.threads - 0.1:
+        if cores - load < min(self.threads, cores) - 0.1:
             reasons.append(f"other processes use {load:.1f} of {cores} cores")
         if spread > _SPREAD:
             reasons.append(f"the median is only known within {spread:.0%}")

@@ -20,6 +20,7 @@ _AIM, _CLOSE = 0.985, 0.965
 _ROUNDS = 8  # candidates measured
 _HURRIED, _SPENT = 3, 0.05  # rounds where they took more than this share of the time that is left
 _ALONE = 0.5  # the same, where no training waits for the time
+_FREE = 1e3  # times the bound: no limit at all
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
@@ -77,6 +78,7 @@ class _Fitting:
         self.kept: tuple[float, Candidate] | None = None
         self.broken = float("inf")
         self.times: dict[Candidate, float] = {}
+        self.free: list[Candidate | None] | None = None  # the answer where latency is no matter
         self.began = time.monotonic()
 
     def run(self) -> Candidate:
@@ -98,6 +100,8 @@ class _Fitting:
                     self.kept = bound, candidate
                 if took >= _CLOSE * self.wanted or candidate == job.family.original:
                     break
+                if not new and not self.binds(candidate, bound):
+                    break
             else:
                 self.broken = min(self.broken, bound)
             rounds = len(self.times)
@@ -112,6 +116,12 @@ class _Fitting:
             return self.kept[1]
         told = f": the least took {min(self.times.values()):.4g} ms" if self.times else ""
         raise BudgetError(f"nothing of this kind keeps {self.wanted:.4g} ms as measured{told}")
+
+    def binds(self, candidate: Candidate, bound: float) -> bool:
+        """Whether a limit on latency changes the answer, or another is what holds it back."""
+        if self.free is None:
+            self.free = [self.answer(_FREE * bound)]
+        return self.free[0] != candidate
 
     def hurried(self) -> bool:
         """Whether a closer fit would take time that repair needs."""

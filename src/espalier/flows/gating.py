@@ -15,7 +15,7 @@ from espalier.errors import EspalierError
 from espalier.estimators.calibration import Calibrated
 from espalier.flows.fitting import Solve
 from espalier.flows.shrinking import Shrinking
-from espalier.flows.solving import program_on
+from espalier.flows.solving import paced, program_on
 from espalier.flows.speed import FewBatches, timed_second
 from espalier.solvers.allocate import Factor
 from espalier.solvers.prune import Pruned, bip, dsa, pas
@@ -73,7 +73,7 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
         found = method.prune(
             job.family,
             job.task,
-            job.limits,
+            paced(job),
             priced=[job.predicted] if job.predicted else (),
             settings=replace(SETTINGS, epochs=epochs),
             seed=job.seed,
@@ -92,6 +92,7 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
         measure=job.measure,
         images=job.calibrated.images,
         seed=job.seed,
+        threads=job.calibrated.threads,
     )
     return program_on(job, _distances(job, learned))
 

@@ -26,7 +26,8 @@ def versions() -> dict[str, str]:
 
 def timed_on() -> dict[str, str]:
     """What timings are of: a study records it, and another takes them over from the same only."""
-    found = {"processor": processor(), "onnxruntime": ort.__version__, "torch": torch.__version__}
+    found = {"processor": processor(), "cores": f"{cores()} cores"}
+    found |= {"onnxruntime": ort.__version__, "torch": torch.__version__}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

@@ -24,6 +24,8 @@ from espalier.train.evaluate import calibration
 
 START, LATER = "repaired", "repaired again"  # the latter trains what was only mended before
 _LAST_SECONDS = 8.0  # export and report, after everything else
+_READ = 0.5  # of the time that is left, at most, is kept free for passes that only read
+_CLOSED = 2  # passes over validation of what is only mended
 _EXAMPLES = 512  # of least squares
 _TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
 _LEAST = 1.0  # seconds of repair for each network, however little is left
@@ -99,7 +101,14 @@ def _share(job: Shrinking, count: int, least: float = 0.0) -> float | None:
     left = job.left()
     if left is None:
         return None
-    return max((left - _LAST_SECONDS) / min(count, _TUNED), least, _LEAST)
+    ready = left - _LAST_SECONDS - min(_passes(job, count), _READ * max(left, 0.0))
+    return max(ready / min(count, _TUNED), least, _LEAST)
+
+
+def _passes(job: Shrinking, count: int) -> float:
+    """Seconds that reading the test split takes, and validation of those that are not fine-tuned."""
+    tests = (count + 1) * job.task.size("test") / max(job.task.size("validation"), 1)
+    return job.validation_seconds * (tests + _CLOSED * max(count - _TUNED, 0))
 
 
 def repaired(

@@ -34,6 +34,9 @@ def rivals(job: Shrinking) -> dict[str, Candidate]:
     if any(isinstance(cut, BoundWidths) for cut in job.family.cuts):
         ways = {"uniform width": uniform, "global threshold": thresholded, "random": by_chance}
     for name, make in ways.items():
+        if (left := job.left()) is not None and left <= 0:
+            job.show.note(f"baseline {name} is left out: the time is spent")
+            continue
         try:
             out[name] = fitted(job, name, make(job))
         except BudgetError as error:

@@ -35,6 +35,7 @@ from espalier.space import Candidate
 from espalier.tasks import Task
 from espalier.train import Recipe
 from espalier.train.evaluate import calibration
+from espalier.train.running import device_of
 
 _CALIBRATION = 128  # images that ranges of activations are read from
 _TIGHTER = (1.0, 0.95, 0.88)  # where the repaired network lands over the limit after all
@@ -111,6 +112,8 @@ def shrink(
     taken = {} if reuse is None else PAID.of(Path(reuse), identity)
     study = begun(folder, identity, settings, seed, resume)
     show = progress or Silent()
+    if (device := device_of(module).type) != "cpu":
+        study.notes.append(f"the model came on {device}: a shrink computes on the processor alone")
     try:
         with study, show:
             for text in study.notes:

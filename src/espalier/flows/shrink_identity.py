@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.compress import Cut, Pretrained
 from espalier.costs import OnnxRuntime
@@ -46,7 +46,7 @@ def shrink_identity(
 
 
 def settings_of(cut: Cut) -> dict[str, Any]:
-    """What a cut was made with, tensors by their presence alone."""
+    """What a cut was made with, tensors by a hash."""
     made: dict[str, Any] = {}
     if is_dataclass(cut):
         made = {f.name: getattr(cut, f.name) for f in fields(cut)}
@@ -54,11 +54,16 @@ def settings_of(cut: Cut) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON that tells it from others; what JSON can't say, by its presence alone."""
+    """A setting as JSON that tells it from others, tensors by a hash; what else JSON can't say, by
+    its presence alone."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, tuple | list | range):
         return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return _hash({"": value})
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return True
@@ -66,8 +71,12 @@ def _plain(value: Any) -> Any:
 
 def _fingerprint(model: nn.Module) -> str:
     """A hash of the model's class names and weights."""
-    digest = hashlib.sha256(" ".join(type(m).__qualname__ for m in model.modules()).encode())
-    for name, tensor in model.state_dict().items():
+    return _hash(model.state_dict(), " ".join(type(m).__qualname__ for m in model.modules()))
+
+
+def _hash(tensors: Mapping[str, Tensor], told: str = "") -> str:
+    digest = hashlib.sha256(told.encode())
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).double().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from espalier import train
@@ -37,6 +38,7 @@ LATENCY, STORED = "latency_ms", "stored_bytes"
 # Shares of the whole time; repair has what is left.
 _TABLE, _PROFILE = 0.25, 0.25
 _LEAST_IMAGES, _MOST_IMAGES = 64, 1024
+_SENSED = 1.2 * _PROFILE  # of the time: then options between others are not measured
 _ORIGINAL_TIMES = 3
 _UNSURE = 0.05  # spread of a ratio, as a share of it, that makes it one of a busy machine
 
@@ -135,10 +137,13 @@ class Shrinking(Measuring):
 
         latency = self.once("original latency", measure)
         readings[LATENCY] = Reading.from_json(latency)
+        began = time.perf_counter()
         judged = self.once(
             "original validation",
             lambda: train.evaluate(self.family.model, self.task, "validation"),
         )
+        passed = time.perf_counter() - began
+        self.validation_seconds = float(self.once("original validation seconds", lambda: passed))
         if not math.isfinite(judged[self.quality.name]):
             raise EspalierError(
                 f"the given model's {self.quality.name} on validation is {judged[self.quality.name]}: "
@@ -227,7 +232,12 @@ class Shrinking(Measuring):
         """Decides once on how many training images a candidate is judged, from timed passes."""
         images = self.once("images", self._images)
         self.calibrated = Calibrated(
-            self.family, self.task, measure=self.measure, images=images, seed=self.seed
+            self.family,
+            self.task,
+            measure=self.measure,
+            images=images,
+            seed=self.seed,
+            threads=torch.get_num_threads(),
         )
 
     def _images(self) -> int:
@@ -235,7 +245,12 @@ class Shrinking(Measuring):
         if self.budget.seconds is None:
             return min(512, most)
         trial = Calibrated(
-            self.family, self.task, measure=self.measure, images=_LEAST_IMAGES, seed=self.seed
+            self.family,
+            self.task,
+            measure=self.measure,
+            images=_LEAST_IMAGES,
+            seed=self.seed,
+            threads=torch.get_num_threads(),
         )
         trial.harm([self.smallest()])  # reads the data
         started = time.perf_counter()
@@ -252,6 +267,13 @@ class Shrinking(Measuring):
     def sense(self) -> Profile:
         """The harm of every option alone, each recorded."""
         self.show.phase("what every option harms", self.options)
+        limit = None if self.budget.seconds is None else _SENSED * self.budget.seconds
+        began = time.monotonic()
+
+        def hurried(name: str) -> bool:
+            spent = limit is not None and time.monotonic() - began > limit
+            return bool(self.study.once(f"hurried/{name}", lambda: spent))
+
         found = profile(
             self.family,
             self.calibrated.harm,
@@ -259,7 +281,13 @@ class Shrinking(Measuring):
             progress=self.show.step,
             measure=self.measure,
             samples=self.calibrated.samples,
+            hurried=None if limit is None else hurried,
         )
+        if found.drawn:
+            self.study.notes.append(
+                f"for want of time, of {len(found.drawn)} of {len(self.family.space)} decisions only the furthest "
+                "option's harm was measured, and the others drawn between: give the shrink a longer budget"
+            )
         # more of a layer that harms more is noise of few images
         self.profile = found.smoothed(self.family.space)
         return self.profile

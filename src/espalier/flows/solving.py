@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -212,10 +213,7 @@ def searching(job: Shrinking) -> Solve:
     """Evolution over the space by the harm of whole candidates; all of them where they are few."""
     space = job.family.space
     metric = job.calibrated.metrics[0]
-    slack = _SLACK * _pace(job)
-    limits = tuple(
-        Limit(x.metric, x.bound * slack, x.op) if x.metric == LATENCY else x for x in job.limits
-    )
+    limits = paced(job, _SLACK)
     few = space.size <= _FEW
     trials = int(space.size) if few else job.budget.trials or 2000
     strategy = strategies.make("random" if few else "nsga2", space, job.seed)
@@ -245,6 +243,14 @@ def searching(job: Shrinking) -> Solve:
     rows.sort(key=lambda t: (sign * t.metrics[metric.name].value, t.position))
     prices = job.pricing(space.encode([t.candidate for t in rows]))
     return lambda wanted: _first(rows, prices, wanted)
+
+
+def paced(job: Shrinking, slack: float = 1.0) -> tuple[Limit, ...]:
+    """The limits as predictions keep them: the table has a pace of its own."""
+    scale = slack * _pace(job)
+    return tuple(
+        replace(x, bound=x.bound * scale) if x.metric == LATENCY else x for x in job.limits
+    )
 
 
 def _pace(job: Shrinking) -> float:

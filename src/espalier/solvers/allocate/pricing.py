@@ -19,6 +19,7 @@ from espalier.solvers.allocate.factor import Array, Factor, columns
 from espalier.space import Real, Space
 
 Codes = NDArray[Any]
+_GATED = 64  # combinations of decisions that others hang on
 _MOST = 2000  # combinations of one unit that are looked up; beyond, pairs of decisions
 
 
@@ -35,7 +36,8 @@ def cost_factors(
 
     `priced` is `Counts`, or a calibrated `PredictedLatency`; any metric of its, "latency_ms" among
     them. A unit that very many combinations decide (an input joined of many) is taken as a sum over
-    pairs of decisions around the last options: exact for counts, near for latency.
+    pairs of decisions around the last options: exact for counts of layers between two widths, dearer
+    than it is where three or more decisions multiply (both widths and the bits).
     Errors: `EspalierError` for a family without units, whose costs are no sum, or with real
     decisions.
     """
@@ -98,11 +100,16 @@ def closed(space: Space, scope: Sequence[str]) -> tuple[str, ...]:
 
 
 def _grid(space: Space, scope: tuple[str, ...]) -> list[tuple[tuple[str, ...], Codes]]:
-    """The rows of all combinations; where they are too many, of every one and pair of decisions."""
+    """The rows of all combinations; where they are too many, of every one and pair of decisions, with
+    all options of those that others hang on: a block that is left out costs nothing, however wide."""
     if math.prod(space[name].count for name in scope) <= _MOST:
         return [(scope, _rows(space, scope))]
-    chosen = [(), *((name,) for name in scope), *combinations(scope, 2)]
-    return [(names, _rows(space, names)) for names in chosen]
+    gates = tuple(n for n in scope if any(n in space[m].when for m in scope))
+    if math.prod(space[name].count for name in gates) > _GATED:
+        gates = ()
+    free = [name for name in scope if name not in gates]
+    chosen = [(), *((name,) for name in free), *combinations(free, 2)]
+    return [(gates + names, _rows(space, gates + names)) for names in chosen]
 
 
 def _rows(space: Space, names: Sequence[str]) -> Codes:
@@ -161,17 +168,19 @@ def _last(space: Space) -> Codes:
 def _expanded(
     found: Sequence[tuple[tuple[str, ...], Array]], name: str, peak: bool
 ) -> list[Factor]:
-    """Tables of none, one and two decisions as terms that add up (anchored at the last options)."""
+    """Tables of none, one and two decisions as terms that add up (anchored at the last options), each
+    over the decisions of the first table besides."""
     if peak:
         raise EspalierError(f"the peak of {name!r} hangs on too many decisions for a program")
-    values = dict(found)
-    origin = float(values[()])
-    alone = {scope[0]: table - origin for scope, table in found if len(scope) == 1}
-    factors = [Factor((), np.array(origin), name=name)]
-    factors += [Factor((d,), table, name=name) for d, table in alone.items()]
-    for scope, table in found:
+    gates, origin = found[0]
+    own = [(scope[len(gates) :], table) for scope, table in found]
+    alone = {scope[0]: table - origin[..., None] for scope, table in own if len(scope) == 1}
+    factors = [Factor(gates, origin, name=name)]
+    factors += [Factor((*gates, d), table, name=name) for d, table in alone.items()]
+    for scope, table in own:
         if len(scope) == 2:
-            both = table - alone[scope[0]][:, None] - alone[scope[1]][None, :] - origin
+            first, second = alone[scope[0]], alone[scope[1]]
+            both = table - first[..., None] - second[..., None, :] - origin[..., None, None]
             if np.abs(both).max() > 1e-12 * np.abs(table).max():
-                factors.append(Factor(scope, both, name=name))
+                factors.append(Factor((*gates, *scope), both, name=name))
     return factors

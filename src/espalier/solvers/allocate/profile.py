@@ -27,7 +27,8 @@ class Profile:
     """The harm of every option alone, as factors: 0 for the original's.
 
     `base` is the harm of the original itself, `measure` what harm is, `samples` on how many
-    examples it was seen, `seconds` how long that took, `of` the fingerprint of the space.
+    examples it was seen, `seconds` how long that took, `of` the fingerprint of the space. `drawn`:
+    decisions of which only the furthest option was measured, for want of time.
     """
 
     factors: tuple[Factor, ...]
@@ -36,6 +37,7 @@ class Profile:
     seconds: float = 0.0
     base: float = 0.0
     of: str = ""
+    drawn: tuple[str, ...] = ()
 
     def smoothed(self, space: Space) -> Profile:
         """The same with harm of ordered options made to fall towards the original's, and not
@@ -49,7 +51,8 @@ class Profile:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Profile:
         """The profile that `to_json` wrote."""
-        return cls(**{**data, "factors": tuple(map(Factor.from_json, data["factors"]))})
+        factors = tuple(map(Factor.from_json, data["factors"]))
+        return cls(**{**data, "factors": factors, "drawn": tuple(data.get("drawn", ()))})
 
 
 def profile(
@@ -61,6 +64,7 @@ def profile(
     progress: Progress | None = None,
     measure: str = "",
     samples: int = 0,
+    hurried: Callable[[str], bool] | None = None,
 ) -> Profile:
     """Measures the harm of every option alone, the rest as in the original.
 
@@ -70,6 +74,9 @@ def profile(
     option that the space's constraints do not let stand beside the original's is forbidden.
     `record(key, compute)` is a study's `once`: what it holds is not measured again, so a profile
     that was stopped goes on. `progress(done, total, text)` counts candidates.
+    With `hurried`, asked with the name of a decision, the option furthest from the original's is
+    measured of every ordered decision first; where it says yes, those between are drawn as the square
+    of the way there, which harm is near a minimum of the loss (LeCun et al., 1990).
     Errors: `EspalierError` where the original itself has no finite harm.
     """
     owner = getattr(harm, "__self__", None)
@@ -81,16 +88,30 @@ def profile(
     work.total = 1 + sum(math.prod(space[n].count - 1 for n in names) for names in parts)
     base = work.one()
     alone: dict[str, Array] = {}
-    factors = []
+    factors, drawn = [], []
+    furthest = {
+        name: work.changes((name,), "furthest")
+        for name in (d.name for d in space.decisions)
+        if hurried is not None and work.between(name)
+    }
     for names in parts:
-        values = work.changes(names)
+        known = furthest.get(names[0]) if len(names) == 1 else None
+        if known is None:
+            values = work.changes(names)
+        elif hurried is not None and np.isfinite(known[0]) and hurried(names[0]):
+            values = known[0] * np.linspace(1, 0, len(known)) ** 2
+            drawn.append(names[0])
+            work.skip(names[0])
+        else:
+            values = np.append(known[:1], work.changes(names, "between")[1:])
         if len(names) == 1:
             alone[names[0]] = values
         else:
             values = values - alone[names[0]][:, None] - alone[names[1]][None, :]
             values[np.isnan(values) | np.isneginf(values)] = 0.0  # one forbids it already
         factors.append(_where_active(space, names, values))
-    return Profile(tuple(factors), measure, samples, work.seconds, base, space.fingerprint)
+    found = tuple(factors)
+    return Profile(found, measure, samples, work.seconds, base, space.fingerprint, tuple(drawn))
 
 
 def _pairs(space: Space, given: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
@@ -121,8 +142,21 @@ class _Measuring:
         self._base = found
         return found
 
-    def changes(self, names: tuple[str, ...]) -> Array:
-        """What every combination of some decisions' options adds to the harm."""
+    def between(self, name: str) -> int:
+        """How many options lie between the original's and the furthest one of an ordered decision."""
+        decision = self.space[name]
+        at = int(self._active((name,))[0, columns(self.space, [name])[0]])
+        last = not isinstance(decision, Categorical) and at == decision.count - 1
+        return max(decision.count - 2, 0) if last else 0
+
+    def skip(self, name: str) -> None:
+        """Counts options as done that are not measured."""
+        self.done += self.between(name)
+        self._progress(self.done, self.total, f"sensitivity: {name}")
+
+    def changes(self, names: tuple[str, ...], only: str = "") -> Array:
+        """What every combination of some decisions' options adds to the harm; of one decision also
+        `only` the "furthest" option, or those "between"."""
         shape = tuple(self.space[n].count for n in names)
         start = self._active(names)
         rows = np.repeat(start, math.prod(shape), axis=0)
@@ -136,8 +170,11 @@ class _Measuring:
             axis=1
         )
         new &= self.space.valid(rows)
+        if only:
+            new &= (np.arange(len(rows)) == 0) == (only == "furthest")
         found = np.full(len(rows), math.inf)
-        found[new] = self._measured("+".join(names), rows[new]) - before
+        part = "+".join(names) + (f":{only}" if only else "")
+        found[new] = self._measured(part, rows[new]) - before
         values = found.reshape(shape)
         at = tuple(int(c) for c in start[0, columns(self.space, names)])
         if len(names) == 1:
