@@ -210,6 +210,36 @@ def test_pieces_are_timed_on_what_they_take_in_the_network(
     assert timed[0] == shape
 
 
+class Pooled(nn.Module):
+    """Attention of one probe over all places, as in the heads of image encoders."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.probe = first, nn.Parameter(torch.randn(1, 1, 16))
+        self.stem = nn.Linear(8, 16)
+        self.pool = nn.MultiheadAttention(16, 4, batch_first=first)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        probe = self.probe.expand(len(x), 1, 16)
+        if not self.first:
+            x, probe = x.transpose(0, 1), probe.transpose(0, 1)
+        x = self.pool(probe, x, x)[0]
+        return self.head(x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_keys_have_as_many_rows_as_queries(first: bool) -> None:
+    torch.manual_seed(0)
+    family = Pretrained(Pooled(first).eval(), torch.randn(2, 6, 8), (Widths(multiple=4),))
+    pieces = pieces_of(family)
+    parts = pieces.parts(family.space.corner(True))
+    made = {p.unit: p for part in parts for p in part.pieces}
+    watch = Stopwatch(OnnxRuntime(batch=4, seconds=0.01, precision=0.5))
+    assert watch.piece(*pieces.make(made["pool"])) > 0
+
+
 def test_numbers_turn_on_all_frames() -> None:
     torch.manual_seed(0)
     example = torch.randn(2, 5, 3, 8, 8)

@@ -16,14 +16,20 @@ from espalier.costs.rows import Rows
 class AsCalled(nn.Module):
     """A module called as it was in its model: with `x` anew, all else as constants.
 
-    It gives the first tensor of what the module gives.
+    It gives the first tensor of what the module gives. Constants that have one row where `x` had one, in
+    its dim `dim`, have as many as it: keys and values beside queries.
     """
 
     def __init__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        x: Tensor,
+        dim: int = 0,
     ) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._dim, self._dims = module, dim, x.dim()
         self._constants: list[str] = []
         self._template = tree_map(lambda leaf: self._stored(leaf, x), (args, dict(kwargs)))
 
@@ -41,12 +47,18 @@ class AsCalled(nn.Module):
         def filled(leaf: Any) -> Any:
             if leaf is _X or isinstance(leaf, _Here):
                 return x
-            return getattr(self, leaf.name) if isinstance(leaf, _Constant) else leaf
+            return self._rows(getattr(self, leaf.name), x) if isinstance(leaf, _Constant) else leaf
 
         args, kwargs = tree_map(filled, self._template)
         output = self.module(*args, **kwargs)
         first: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
         return first
+
+    def _rows(self, constant: Tensor, x: Tensor) -> Tensor:
+        dim = self._dim
+        if constant.dim() != self._dims or constant.shape[dim] != 1 or x.shape[dim] == 1:
+            return constant
+        return constant.repeat_interleave(x.shape[dim], dim)
 
 
 class _Constant:

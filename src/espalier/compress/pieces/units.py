@@ -260,7 +260,7 @@ class Units:
         if call.single:
             return fed(module, call.shape, dim)
         x = main_tensor(call)
-        return fed(AsCalled(module, call.args, call.kwargs, x), tuple(x.shape), dim)
+        return fed(AsCalled(module, call.args, call.kwargs, x, dim), tuple(x.shape), dim)
 
     def _held(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
         path = piece.paths[0]
