@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.compress import Bits, Pretrained, Sparsity, Widths
+from espalier.compress.pieces import units
 from espalier.compress.sparsity import StoredBytes, stored_bytes
 from espalier.costs import Counts, OnnxRuntime, count
 from espalier.costs.context import Stopwatch
@@ -238,6 +239,18 @@ def test_keys_have_as_many_rows_as_queries(first: bool) -> None:
     made = {p.unit: p for part in parts for p in part.pieces}
     watch = Stopwatch(OnnxRuntime(batch=4, seconds=0.01, precision=0.5))
     assert watch.piece(*pieces.make(made["pool"])) > 0
+
+
+def test_few_copies_of_a_large_model_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(True).eval(), torch.randn(2, 6, 8)
+    whole = Counts(Pretrained(model, x, (Widths(multiple=2),)))
+    monkeypatch.setattr(units, "_ROOM", 1.0)
+    family = Pretrained(model, x, (Widths(multiple=2),))
+    few = Counts(family)
+    rows = family.space.enumerate()
+    assert (few.estimate_codes(rows)["bytes"] == whole.estimate_codes(rows)["bytes"]).all()
+    assert len(family._units._runs) <= 2
 
 
 def test_numbers_turn_on_all_frames() -> None:

@@ -37,7 +37,7 @@ from espalier.space import Decision, Option
 
 _VALUES = ("bits", "sparsity")  # kinds of cut that change no shape at all
 _SAME_SHAPES = ("depth", *_VALUES)  # kinds of cut that keep shapes between layers
-_KEPT = 16  # models built to look at, kept
+_KEPT, _ROOM = 16, 2e9  # models built to look at that are kept: so many, in so many bytes
 
 Choices = Mapping[str, Option]
 
@@ -70,6 +70,8 @@ class Units:
         self._layers = [cut.layers() for cut in cuts]
         self._tied = tied(model)
         self._runs: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
+        size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        self._kept = int(min(max(_ROOM / max(size, 1), 2), _KEPT))
         self._shapes: dict[tuple[Any, ...], dict[tuple[str, int], Shape]] = {}
         self._made: dict[str, list[Shape]] = {}
         run = follow(model, example)
@@ -283,7 +285,7 @@ class Units:
     def _run(self, choices: Choices) -> Run:
         key = self._key(choices)
         if key not in self._runs:
-            while len(self._runs) >= _KEPT:
+            while len(self._runs) >= self._kept:
                 self._runs.popitem(last=False)
             self._runs[key] = Run(self._build(choices), self._example)
         self._runs.move_to_end(key)
