@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,17 @@ import pytest
 # Two test processes on two cores: more than one thread each makes both crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that none is the last of its process alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries hold is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -36,7 +48,20 @@ def watched() -> Iterator[Callable[[float], float]]:
 
 
 @pytest.fixture(scope="module")
-def tables_once() -> Iterator[None]:
+def quick_tables() -> Iterator[None]:
+    """Tables of one timing a piece and few networks: for tests of what is done with them."""
+    from espalier.costs import calibration, context, pace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace.Pace, "now", lambda self: 1.0)
+        patch.setattr(context, "_UNSURE", float("inf"))
+        for name, count in (("fit", 4), ("held_out", 3)):
+            patch.setitem(calibration.Calibration.__init__.__kwdefaults__, name, count)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tables_once(quick_tables: None) -> Iterator[None]:
     """Within a module, a latency table is measured once for each space and runtime.
 
     For tests of what is done with a table; how it is measured has tests of its own.

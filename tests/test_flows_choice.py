@@ -28,6 +28,8 @@ from espalier.space import Candidate, Space, integer
 from espalier.study import Study
 from test_flows_shrink import TIMED, Interrupting, Number, fake_job, largest, tiny_shrink
 
+pytestmark = pytest.mark.usefixtures("quick_tables")
+
 pytest.importorskip("ortools")
 
 

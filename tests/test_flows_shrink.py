@@ -39,6 +39,8 @@ from espalier.study import Study
 from quick import QUICK
 from shrink_toys import Small, task, trained
 
+pytestmark = pytest.mark.usefixtures("quick_tables")
+
 pytest.importorskip("ortools")
 
 WITHIN = {"bytes": "60%", "macs": "<= 50%"}

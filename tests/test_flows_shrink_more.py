@@ -34,6 +34,8 @@ from espalier.study import Study
 from quick import QUICK
 from shrink_toys import Small, task, trained
 
+pytestmark = pytest.mark.usefixtures("quick_tables")
+
 pytest.importorskip("ortools")
 
 NAMED = "digits:train=200,validation=100,test=100"

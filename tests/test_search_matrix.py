@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,18 @@ def family(name: str) -> esp.Family:
     torch.manual_seed(0)
     if name == "perceptron":
         return Perceptron(task().shape, task().classes)
-    return esp.nets.make(name, task().shape, task().classes)
+    return esp.nets.make(name, task().shape, task().classes, **SMALL.get(name, {}))
+
+
+_BLOCKS = {"depth": (2, 1, 1), "stem": 8, "widths": (8, 8, 16), "head": 16}
+SMALL: dict[str, dict[str, Any]] = {
+    "darts": {"channels": 2, "cells": 3, "nodes": 2},
+    "close": {"channels": 4, "cells": 1},
+    "nb201-supernet": {"channels": 4, "cells": 1},
+    "hybrid": {"depth": (1, 2), "expansion": (1, 2), "heads": 2},
+    "multipath": _BLOCKS,
+    "superkernel": _BLOCKS,
+}
 
 
 KINDS = ("trained", "one-shot")

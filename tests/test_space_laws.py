@@ -26,7 +26,7 @@ from espalier.space import (
 )
 from espalier.testing.space import check_space
 
-EASY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+EASY = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 options = st.one_of(
     st.integers(-5, 300),
     st.booleans(),

@@ -28,13 +28,17 @@ WIDE = Space([integer(f"x{i}", 0, 99) for i in range(24)])
 OPTIONS: dict[str, dict[str, Any]] = {"gp": {"startup": 60}, "tpe": {"startup": 60}}
 
 
+# of which the mean over five seeds takes half a minute and more; two tell the same
+SEEDS = dict.fromkeys(("guided", "bohb", "reinforce", "mcts", "cmaes"), 2)
+
+
 def make(name: str) -> suite.MakeStrategy:
     return lambda space, seed: strategies.make(name, space, seed, **OPTIONS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_every_strategy_passes_on_a_mixed_space(name: str) -> None:
-    suite.check_strategy(make(name), MIXED)
+    suite.check_strategy(make(name), MIXED, seeds=SEEDS.get(name, 5))
 
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
