@@ -341,10 +341,10 @@ def test_a_hurried_profile_measures_the_furthest_first_and_draws_what_lies_betwe
         """Harm of `a` is the square of the way; `c` has no order."""
 
         space = Space(
-            [ordinal("a", 1, 2, 3, 4, 5), choice("c", "x", "y", "z"), ordinal("b", 1, 2, 3, 4)]
+            [ordinal("a", 2, 4, 5, 7, 10), choice("c", "x", "y", "z"), ordinal("b", 1, 2, 3, 4)]
         )
         alone = (
-            Factor(("a",), np.array([16.0, 9.0, 4.0, 1.0, 0.0])),
+            Factor(("a",), np.array([64.0, 36.0, 25.0, 9.0, 0.0])),
             Factor(("c",), np.array([2.0, -1.0, 0.0])),
             Factor(("b",), np.array([3.0, 2.5, 0.25, 0.0])),
         )

@@ -258,3 +258,20 @@ def test_a_strict_runtime_refuses_shares_that_a_busy_machine_spoilt(
     with pytest.raises(BusyMachine, match="9 timings beside the original are apart by 40%"):
         Shrinking._share(job, b"")
     assert issubclass(BusyMachine, EspalierError)
+
+
+def test_widths_between_are_drawn_where_time_runs_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("espalier.flows.shrinking._SENSED", 0.0)
+    cuts = (esp.compress.Widths(multiple=2, steps=6), esp.compress.Bits((4, 8)))
+    settings = {"decisions": cuts, "budget": "6s", "baselines": False, "within": {"bytes": "60%"}}
+    found = tiny_shrink(tmp_path / "run", **settings)
+    assert any("for want of time" in note for note in found.to_json()["notes"])
+    with Study.open(found.folder) as study:
+        keys = {k.rpartition("harm:")[2] for k in study.recorded()}
+    measured = {k.partition(":")[2].partition(":")[2] for k in keys}
+    assert not [k for k in measured if k.endswith(":between") and "width:" in k]
+    assert [k for k in measured if k.endswith(":between") and "bits:" in k]
+    again = tiny_shrink(tmp_path / "run", resume=True, **settings)
+    assert again.best.candidate == found.best.candidate

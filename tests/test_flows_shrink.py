@@ -640,10 +640,10 @@ def test_time_to_read_splits_is_kept_free() -> None:
     job: Any = SimpleNamespace(
         left=lambda: 208.0, validation_seconds=2.0, task=SimpleNamespace(size=sizes.get)
     )
-    # four networks and the original read test in 4 s each, one is only mended: two passes of 2 s
-    assert repairing._share(job, 4) == pytest.approx((208 - 8 - 5 * 4 - 2 * 2) / 3)
+    # the original reads test in 4 s, four networks in half of that; one is only mended: two passes of 1 s
+    assert repairing._share(job, 4) == pytest.approx((208 - 8 - 4 - 4 * 2 - 2 * 1) / 3)
     job.validation_seconds = 100.0
-    assert repairing._share(job, 4) == pytest.approx((208 / 2 - 8) / 3)
+    assert repairing._share(job, 4) == pytest.approx((208 * 3 / 4 - 8) / 3)
 
 
 def test_rivals_are_not_looked_for_when_the_time_is_spent() -> None:

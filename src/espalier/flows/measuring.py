@@ -155,7 +155,7 @@ def begun(
     here = timed_on()
     if resume:
         study = Study.resume(folder, identity)
-        others = [each for each in _machines(study) if each != here]
+        others = [each for each in _machines(study) if not _alike(each, here)]
         if others:
             study.notes.append(
                 f"begun on another machine or runtime ({', '.join(others[0].values())}; this is "
@@ -170,7 +170,12 @@ def begun(
 def timed_here(study: Study) -> bool:
     """Whether all timings of a study are of this machine and these runtimes."""
     seen = _machines(study)
-    return bool(seen) and all(each == timed_on() for each in seen)
+    return bool(seen) and all(_alike(each, timed_on()) for each in seen)
+
+
+def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two machines are the same as far as both are told."""
+    return all(one[key] == other[key] for key in one.keys() & other.keys())
 
 
 def _machines(study: Study) -> list[dict[str, str]]:

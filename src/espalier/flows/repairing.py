@@ -24,7 +24,8 @@ from espalier.train.evaluate import calibration
 
 START, LATER = "repaired", "repaired again"  # the latter trains what was only mended before
 _LAST_SECONDS = 8.0  # export and report, after everything else
-_READ = 0.5  # of the time that is left, at most, is kept free for passes that only read
+_READ = 0.25  # of the time that is left, at most, is kept free for passes that only read
+_CUT = 0.5  # what such a pass takes of the original's: it is of a smaller network, and the first was cold
 _CLOSED = 2  # passes over validation of what is only mended
 _EXAMPLES = 512  # of least squares
 _TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
@@ -107,8 +108,9 @@ def _share(job: Shrinking, count: int, least: float = 0.0) -> float | None:
 
 def _passes(job: Shrinking, count: int) -> float:
     """Seconds that reading the test split takes, and validation of those that are not fine-tuned."""
-    tests = (count + 1) * job.task.size("test") / max(job.task.size("validation"), 1)
-    return job.validation_seconds * (tests + _CLOSED * max(count - _TUNED, 0))
+    test = job.task.size("test") / max(job.task.size("validation"), 1)
+    cut = _CUT * (count * test + _CLOSED * max(count - _TUNED, 0))
+    return job.validation_seconds * (test + cut)
 
 
 def repaired(

@@ -99,6 +99,8 @@ def by_chance(job: Shrinking) -> Solve:
         full = np.max([prices[x.metric] / x.bound for x in limits], axis=0)
         near = np.flatnonzero(kept & (full >= _FILLED))
         rows = near if len(near) else np.flatnonzero(kept)
+        if not len(near) and any(i in known for i in rows.tolist()):
+            rows = np.array([i for i in rows.tolist() if i in known])  # none is worth a look
         if not len(rows):
             raise BudgetError(f"none of {_DRAWN} random candidates keeps the limits")
         return space.decode(codes[[_least_harm(job, codes, rows, known, ends)]])[0]

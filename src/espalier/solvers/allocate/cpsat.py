@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,7 +16,7 @@ from espalier.solvers.allocate.tables import Scope, Whole
 from espalier.space import Forbid, Linear, Space
 
 _MOST = 200_000  # combinations of one table
-_COMPLETED = 1.0  # seconds to complete a row in
+_COMPLETED, _ALL_COMPLETED = 1.0, 10.0  # seconds to complete a row in, and all of them
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,15 @@ class Model:
         return Answer(status, self._row(solver), solver.best_objective_bound)
 
     def completed(self, where: Sequence[int], codes: NDArray[Any]) -> NDArray[Any]:
-        """A valid row for each row of codes in some columns; where none is found, zeros."""
+        """A valid row for each row of codes in some columns; where none is found in time, zeros."""
         solver = self._cp.CpSolver()
         solver.parameters.num_workers, solver.parameters.max_time_in_seconds = 1, _COMPLETED
+        solver.parameters.presolve_inclusion_work_limit = 0  # as in solve
+        until = time.monotonic() + _ALL_COMPLETED
         out = np.zeros((len(codes), len(self.space)), dtype=self.space.dtype)
         for row, wanted in zip(out, codes.tolist(), strict=True):
+            if time.monotonic() > until:
+                break
             self._model.clear_assumptions()
             self._model.add_assumptions(
                 [self._options[j][int(code)] for j, code in zip(where, wanted, strict=True)]

@@ -19,7 +19,7 @@ from espalier.solvers.allocate.factor import Array, Factor, columns
 from espalier.space import Real, Space
 
 Codes = NDArray[Any]
-_GATED = 64  # combinations of decisions that others hang on
+_GATED = 50_000  # combinations of pairs with all options of what others hang on
 _MOST = 2000  # combinations of one unit that are looked up; beyond, pairs of decisions
 
 
@@ -105,11 +105,15 @@ def _grid(space: Space, scope: tuple[str, ...]) -> list[tuple[tuple[str, ...], C
     if math.prod(space[name].count for name in scope) <= _MOST:
         return [(scope, _rows(space, scope))]
     gates = tuple(n for n in scope if any(n in space[m].when for m in scope))
-    if math.prod(space[name].count for name in gates) > _GATED:
-        gates = ()
-    free = [name for name in scope if name not in gates]
-    chosen = [(), *((name,) for name in free), *combinations(free, 2)]
+    chosen = _pairs(scope, gates)
+    if sum(math.prod(space[n].count for n in gates + names) for names in chosen) > _GATED:
+        gates, chosen = (), _pairs(scope, ())
     return [(gates + names, _rows(space, gates + names)) for names in chosen]
+
+
+def _pairs(scope: Sequence[str], gates: Sequence[str]) -> list[tuple[str, ...]]:
+    free = [name for name in scope if name not in gates]
+    return [(), *((name,) for name in free), *combinations(free, 2)]
 
 
 def _rows(space: Space, names: Sequence[str]) -> Codes:

@@ -99,7 +99,7 @@ def profile(
         if known is None:
             values = work.changes(names)
         elif hurried is not None and np.isfinite(known[0]) and hurried(names[0]):
-            values = known[0] * np.linspace(1, 0, len(known)) ** 2
+            values = known[0] * work.way(names[0]) ** 2
             drawn.append(names[0])
             work.skip(names[0])
         else:
@@ -148,6 +148,15 @@ class _Measuring:
         at = int(self._active((name,))[0, columns(self.space, [name])[0]])
         last = not isinstance(decision, Categorical) and at == decision.count - 1
         return max(decision.count - 2, 0) if last else 0
+
+    def way(self, name: str) -> Array:
+        """How far each option is on the way from the last to the first one, by its number if it is one."""
+        options = self.space[name].options
+        if not all(isinstance(o, int | float) for o in options):
+            return np.linspace(1, 0, len(options))
+        values = np.array(options, dtype=np.float64)
+        found: Array = (values[-1] - values) / (values[-1] - values[0])
+        return found
 
     def skip(self, name: str) -> None:
         """Counts options as done that are not measured."""
