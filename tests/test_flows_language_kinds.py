@@ -146,7 +146,11 @@ def test_what_is_recorded_of_a_cut_is_json_and_tells_rules_apart() -> None:
     assert len(set(said)) == len(rules)
     assert json.loads(said[1])["rules"] == [{"fixed": 16, "share": 0.25, "length": None}]
     assert settings_of(WeightBits(layers=["*.up"])) != settings_of(WeightBits(layers=["*.down"]))
-    assert settings_of(WeightBits(calibration=torch.zeros(1)))["calibration"] is True
+    zeros, ones = (
+        settings_of(WeightBits(calibration=make(1))) for make in (torch.zeros, torch.ones)
+    )
+    assert json.dumps(zeros) != json.dumps(ones)
+    assert zeros == settings_of(WeightBits(calibration=torch.zeros(1)))
 
 
 def test_bits_and_tables_together_are_one_cut_on_all_weights() -> None:
