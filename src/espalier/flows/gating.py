@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from espalier import train
 from espalier.errors import EspalierError
-from espalier.estimators.calibration import Calibrated
 from espalier.flows.fitting import Solve
 from espalier.flows.shrinking import Shrinking
 from espalier.flows.solving import paced, program_on
@@ -86,14 +85,7 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
 
     learned = job.study.once("gates", learn)
     job.family = job.family.with_scores(load_file(path))
-    job.calibrated = Calibrated(
-        job.family,
-        job.task,
-        measure=job.measure,
-        images=job.calibrated.images,
-        seed=job.seed,
-        threads=job.calibrated.threads,
-    )
+    job.calibrated = job.judging(job.calibrated.images)
     return program_on(job, _distances(job, learned))
 
 

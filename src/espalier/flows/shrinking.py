@@ -231,8 +231,11 @@ class Shrinking(Measuring):
 
     def set_estimator(self) -> None:
         """Decides once on how many training images a candidate is judged, from timed passes."""
-        images = self.once("images", self._images)
-        self.calibrated = Calibrated(
+        self.calibrated = self.judging(self.once("images", self._images))
+
+    def judging(self, images: int) -> Calibrated:
+        """What tells harm on so many training images."""
+        return Calibrated(
             self.family,
             self.task,
             measure=self.measure,
@@ -245,14 +248,7 @@ class Shrinking(Measuring):
         most = min(_MOST_IMAGES, self.task.size("train"))
         if self.budget.seconds is None:
             return min(512, most)
-        trial = Calibrated(
-            self.family,
-            self.task,
-            measure=self.measure,
-            images=_LEAST_IMAGES,
-            seed=self.seed,
-            threads=torch.get_num_threads(),
-        )
+        trial = self.judging(_LEAST_IMAGES)
         trial.harm([self.smallest()])  # reads the data
         started = time.perf_counter()
         trial.harm([self.family.original])
