@@ -178,6 +178,10 @@ class Limit:
             return self
         return Limit(self.metric, float(f"{self.bound * reference:.14g}"), self.op)
 
+    def exact(self) -> str:
+        """The limit to its last digit, which `str` rounds: what a study is told from others by."""
+        return f"{self.metric} {self.op} {self.amount()}"
+
     def amount(self) -> str:
         """The bound in digits that read as it, or as the next number below: "60%", "0.8"."""
         if not self.relative:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,40 +114,22 @@ def _compared(
     inputs: Tensor | None,
     dynamic: bool,
 ) -> dict[str, float]:
-    """The largest differences; `ExportError` for a file that can't be read back or run, too."""
-    try:
-        return _gaps(form, path, network, example, inputs, dynamic)
-    except ExportError:
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(
-            f"the {form} file does not run as the network does: {first}; nothing was written"
-        ) from error
-
-
-def _gaps(
-    form: str,
-    path: Path,
-    network: nn.Module,
-    example: Tensor,
-    inputs: Tensor | None,
-    dynamic: bool,
-) -> dict[str, float]:
-    if form == "onnx":
-        forward = check.open_onnx(path)
-    elif form == "pt2":
-        forward = check.open_pt2(path)
-    else:
-        forward = check.open_safetensors(path, network)
-    sets = {"random": check.trials(example, dynamic)}
-    if inputs is not None:
-        sets["real"] = check.chunks(inputs, example, dynamic)
+    """The largest differences on random and on real inputs, by their name."""
     whole = form == "onnx" and carries(network)
     compare, allowed = (
         (check.deviation, check.INTEGERS) if whole else (check.difference, check.TOLERANCE)
     )
-    gaps = {name: compare(forward, network, batches) for name, batches in sets.items()}
+    with _running(form):
+        if form == "onnx":
+            forward = check.open_onnx(path)
+        elif form == "pt2":
+            forward = check.open_pt2(path)
+        else:
+            forward = check.open_safetensors(path, network)
+        sets = {"random": check.trials(example, dynamic)}
+        if inputs is not None:
+            sets["real"] = check.chunks(inputs, example, dynamic)
+        gaps = {name: compare(forward, network, batches) for name, batches in sets.items()}
     for name, gap in gaps.items():
         if not gap <= allowed:
             raise ExportError(
@@ -154,6 +137,20 @@ def _gaps(
                 f"differ by {gap:.2g}, at most {allowed:g} is allowed; nothing was written"
             )
     return gaps
+
+
+@contextmanager
+def _running(form: str) -> Iterator[None]:
+    """What goes wrong while a written file is read back and run is an `ExportError`."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"the {form} file does not run as the network does: {first}; nothing was written"
+        ) from error
 
 
 def _entry(form: str, path: Path, gaps: Mapping[str, float], example: Tensor) -> dict[str, Any]:

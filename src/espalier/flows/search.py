@@ -227,7 +227,7 @@ def _identity(
         "decisions": family.space.to_json(),
         "task": task.name,
         "data": task.fingerprint,
-        "limits": [f"{x.metric} {x.op} {x.amount()}" for x in asked],
+        "limits": [x.exact() for x in asked],
         "runtime": plain_runtime(runtime),
         "strategy": strategy if isinstance(strategy, str) else strategy.__qualname__,
         "estimator": "default" if estimator is None else type(estimator).__qualname__,

@@ -37,7 +37,7 @@ def shrink_identity(
         "decisions": family.space.to_json(),
         "task": task.name,
         "data": task.fingerprint,
-        "limits": [f"{x.metric} {x.op} {x.amount()}" for x in asked],
+        "limits": [x.exact() for x in asked],
         "runtime": plain_runtime(runtime),
         "solver": solver,
         "measure": measure,

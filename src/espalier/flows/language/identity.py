@@ -38,7 +38,7 @@ def language_identity(
         "cuts": [settings_of(cut) for cut in cuts],
         "task": task.name,
         "data": task.fingerprint,
-        "limits": [f"{x.metric} {x.op} {x.amount()}" for x in asked],
+        "limits": [x.exact() for x in asked],
         "context": context,
         **more,
     }

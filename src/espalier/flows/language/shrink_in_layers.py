@@ -111,7 +111,7 @@ def shrink_in_layers(
     through = Layerwise(folder, memory, scratch=where / UNDERWAY, batch=batch)
     identity = {
         "model": fingerprint(folder), "task": task.name, "data": task.fingerprint, "seed": seed,
-        "limits": [f"{limit.metric} {limit.op} {limit.amount()}"], "in layers": {"tries": tries, "batch": batch},
+        "limits": [limit.exact()], "in layers": {"tries": tries, "batch": batch},
     }  # fmt: skip
     study = (
         Study.resume(where, identity)
