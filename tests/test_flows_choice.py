@@ -275,3 +275,9 @@ def test_widths_between_are_drawn_where_time_runs_short(
     assert [k for k in measured if k.endswith(":between") and "bits:" in k]
     again = tiny_shrink(tmp_path / "run", resume=True, **settings)
     assert again.best.candidate == found.best.candidate
+    # another limit on the same profile measures nothing of it anew, whatever its time
+    monkeypatch.setattr("espalier.flows.shrinking._SENSED", 1.0)
+    other = settings | {"within": {"bytes": "70%"}, "budget": "1min", "reuse": found.folder}
+    reused = tiny_shrink(tmp_path / "other", **other)
+    with Study.open(reused.folder) as study:
+        assert {k.rpartition("harm:")[2] for k in study.recorded() if "harm:" in k} <= keys

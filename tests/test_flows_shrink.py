@@ -549,6 +549,7 @@ def fake_job(factor: float, noise: dict[int, float] | None = None) -> Any:
     original = SimpleNamespace(id=100)
     return SimpleNamespace(
         limits=(limit,),
+        cuts=(esp.compress.Widths(),),
         latency_limit=limit,
         predicted=object(),
         price=lambda c: {LATENCY: Reading(float(c.id), "ms", "predicted")},
@@ -596,8 +597,15 @@ def test_a_limit_that_nothing_keeps_says_what_the_smallest_takes(
 ) -> None:
     job = fake_job(6.0)
     monkeypatch.setattr(fitting, "least", lambda job, metric: Number(id=10))
-    with pytest.raises(BudgetError, match=r"smallest takes 60 ms, 20% over 50 ms and 10% of"):
+    with pytest.raises(
+        BudgetError, match=r"smallest takes 60 ms, 20% over 50 ms and 10% of"
+    ) as told:
         fitting.best_fitted(job, "fake", {"one": largest})
+    assert "raise the limit or let widths go down further, with width:least=5%" in str(told.value)
+    for cuts in ((esp.compress.Widths(least=0.05),), (esp.compress.Depth(),)):
+        job.cuts = cuts
+        with pytest.raises(BudgetError, match="or allow more decisions"):
+            fitting.best_fitted(job, "fake", {"one": largest})
 
 
 def test_one_slow_answer_does_not_end_the_rounds() -> None:
@@ -911,7 +919,10 @@ def test_where_the_answer_is_over_the_limit_after_all_a_baseline_within_it_is_ha
         ({"within": {}}, "latency_ms=60%"),
         ({"within": {"latencyms": 1}}, "latency_ms"),
         ({"within": {"accuracy": ">= 0.9"}}, "costs"),
-        ({"within": {"bytes": "2%"}}, "least bytes that is reachable"),
+        (
+            {"within": {"bytes": "2%"}},
+            "least bytes that is reachable .*; raise the limit or let widths",
+        ),
         ({"decisions": "widths"}, "width"),
         ({"decisions": ""}, "kind of decision"),
         ({"solver": "alocate"}, "allocate"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from espalier.compress import Widths
 from espalier.errors import BudgetError, EspalierError, NotInTimeError
 from espalier.flows.repairing import mended
 from espalier.flows.shrinking import LATENCY, Shrinking
@@ -25,6 +26,7 @@ _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
 _SOLVED = 24  # answers asked for, those that were measured before included
 _LOOKS = 3  # of which the middle counts on a busy machine, and just within the limit
+_NARROW = 0.05  # of a width: where less than that is left no more is to be had
 _JUST = 0.97  # of the limit: nearer, and a lucky look would be found out after the repair
 
 # The best candidate within limits on predicted costs. `BudgetError` where there is none.
@@ -199,9 +201,15 @@ def within(job: Shrinking, name: str, candidate: Candidate, wanted: float) -> Ca
     raise BudgetError(
         f"no shrunk {job.family.name} keeps {', '.join(map(str, job.limits))} as measured: the "
         f"smallest takes {reading.value:.4g} ms, {over:.0%} over {limit.bound:.4g} ms and "
-        f"{share:.0%} of the original's, on {job.runtime.name}; raise the limit or allow more "
-        "decisions"
+        f"{share:.0%} of the original's, on {job.runtime.name}; raise the limit or {further(job)}"
     )
+
+
+def further(job: Shrinking) -> str:
+    """How the decisions could reach smaller networks, in words."""
+    if any(isinstance(cut, Widths) and cut.least > _NARROW for cut in job.cuts):
+        return f"let widths go down further, with width:least={_NARROW:.0%}/steps=10 as a decision"
+    return "allow more decisions"
 
 
 def least(job: Shrinking, metric: str) -> Candidate:

@@ -272,7 +272,7 @@ class Shrinking(Measuring):
             if self.budget.seconds is None or not name.startswith(PREFIX):
                 return False
             spent = time.monotonic() - began > _SENSED * self.budget.seconds
-            return bool(self.study.once(f"hurried/{name}", lambda: spent))
+            return bool(self.once(f"hurried/{name}", lambda: spent))
 
         found = profile(
             self.family,
@@ -286,7 +286,8 @@ class Shrinking(Measuring):
         if found.drawn:
             self.study.notes.append(
                 f"for want of time, of {len(found.drawn)} of {len(self.family.space)} decisions only the furthest "
-                "option's harm was measured, and the others drawn between: give the shrink a longer budget"
+                "option's harm was measured, and the others drawn between: a longer budget that reuses nothing "
+                "measures all"
             )
         # more of a layer that harms more is noise of few images
         self.profile = found.smoothed(self.family.space)

@@ -16,7 +16,7 @@ from espalier.costs import Cost, Counts
 from espalier.errors import BudgetError, EspalierError, unknown
 from espalier.estimators.calibration import MEASURES
 from espalier.flows.evaluate import Score
-from espalier.flows.fitting import Solve
+from espalier.flows.fitting import Solve, further
 from espalier.flows.measuring import how_many
 from espalier.flows.shrinking import LATENCY, Shrinking
 from espalier.problem import Limit, Metrics, Problem
@@ -306,7 +306,11 @@ def check_counted(job: Shrinking) -> None:
     counted = [x for x in job.limits if x.metric in job.pricing.metrics]
     if Problem((), tuple(counted)).violations(_priced_rows(job))[0] > 0:
         costs = factors_of(job, [x.metric for x in counted])
-        Program(job.family.space, (), costs, counted).solve(seconds=_seconds(job))
+        try:
+            Program(job.family.space, (), costs, counted).solve(seconds=_seconds(job))
+        except BudgetError as error:
+            error.args = (f"{error}; raise the limit or {further(job)}",)
+            raise
 
 
 def _priced_rows(job: Shrinking) -> Metrics:
