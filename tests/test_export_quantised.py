@@ -19,7 +19,14 @@ from espalier.costs.count import count
 from espalier.costs.onnx_file import price_onnx
 from espalier.errors import EspalierError, ExportError
 from espalier.export import export, to_onnx
-from espalier.export.quantisers import Quantised, Quantiser, quantised, round_output, unquantised
+from espalier.export.quantisers import (
+    Quantised,
+    Quantiser,
+    fake_quantize,
+    quantised,
+    round_output,
+    unquantised,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +220,22 @@ def test_gradients_pass_inside_the_range_only() -> None:
     assert float(layer.weight.grad.abs().sum()) > 0
     quantiser.set_range(0.5, 2.0)  # zero is a level in any case
     assert float(quantiser(torch.zeros(1))) == 0.0
+
+
+@pytest.mark.parametrize(("zero", "scale"), [(0, 0.05), (128, 0.031), (255, 0.0123456)])
+def test_rounding_is_that_of_torch_to_the_bit(zero: int, scale: float) -> None:
+    torch.manual_seed(0)
+    step, at = torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)
+    edges = (torch.arange(-600, 600) / 2.0 - zero) * step  # halves are rounded to even
+    one = torch.cat([3 * torch.randn(2000), edges]).requires_grad_()
+    two = one.detach().clone().requires_grad_()
+    wanted = torch.fake_quantize_per_tensor_affine(one, step, at, 0, 255)
+    found = fake_quantize(two, step, at, 255)
+    assert torch.equal(found, wanted)
+    grad = torch.randn(len(one))
+    wanted.backward(grad)
+    found.backward(grad)
+    assert torch.equal(two.grad, one.grad)
 
 
 def test_files_of_integers_are_compared_and_wrong_ones_refused(

@@ -216,6 +216,7 @@ def test_a_limit_on_time_is_shared_by_three(
         study=study,
         trains=True,
         untuned=[],
+        resting={},
         validation_seconds=0.0,
         task=SimpleNamespace(size=lambda split: 100),
         left=lambda: None if seconds is None else 8.0 + seconds,
@@ -243,7 +244,13 @@ def test_a_second_answer_has_the_time_that_is_left_or_a_quarter_of_the_first(
     )
     task = SimpleNamespace(size=lambda split: 100)
     job: Any = SimpleNamespace(
-        study=study, trains=True, untuned=[], left=lambda: left, validation_seconds=0.0, task=task
+        study=study,
+        trains=True,
+        untuned=[],
+        resting={},
+        left=lambda: left,
+        validation_seconds=0.0,
+        task=task,
     )
     repairing.repair_all(job, {"shrunk": Number(id="a")}, again=True)
     assert spent == [had]
@@ -789,10 +796,19 @@ def test_with_bits_a_latency_is_also_kept_with_every_layer_in_integers(
         return Ratio(0.5 if all(layers) else 0.95, 0.0, 3)
 
     monkeypatch.setattr("espalier.flows.shrinking.ratio", slow_unless_all)
+    judge, judged = repairing._Repair.judge, list[tuple[str, str]]()
+
+    def noted(self: Any, stage: str, *rest: Any) -> None:
+        judged.append((self.candidate.id, stage))
+        judge(self, stage, *rest)
+
+    monkeypatch.setattr(repairing._Repair, "judge", noted)
     new = {**TIMED, "decisions": (esp.compress.Bits(),)}
     found = tiny_shrink(tmp_path / "run", within={LATENCY: "60%"}, **new)
     chosen = {v for k, v in found.best.candidate.items() if k.startswith("bits:")}
     assert chosen == {8}
+    # what the answers were compared by is not done again in the repair
+    assert len(set(judged)) == len(judged)
 
 
 def test_layers_of_one_kind_alone_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -804,8 +820,9 @@ def test_layers_of_one_kind_alone_are_tried_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(solving, "program_on", lambda job, harm, *_: asked.append(list(harm)))
     for limit, count in ((None, 1), (Limit(LATENCY, 1.0), 3)):
         job: Any = SimpleNamespace(
-            family=family, latency_limit=limit, sense=lambda: SimpleNamespace(factors=())
-        )
+            family=family, latency_limit=limit, limits=(), pricing=SimpleNamespace(costs=[]),
+            sense=lambda: SimpleNamespace(factors=()),
+        )  # fmt: skip
         asked.clear()
         assert len(solving.allocating(job)) == count
     integers, floats, everything = asked

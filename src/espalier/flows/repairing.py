@@ -59,7 +59,11 @@ def repair_all(
 
     @cache
     def repair_of(candidate: Candidate) -> _Repair:
-        return _Repair(job, names[candidate], candidate, seconds, starts[candidate])
+        start = starts[candidate]
+        rested: _Repair | None = job.resting.pop(candidate, None) if start == START else None
+        if rested is not None:
+            return rested.woken(names[candidate], seconds)
+        return _Repair(job, names[candidate], candidate, seconds, start)
 
     def best() -> list[str]:
         rivals = sorted(candidates[1:], key=lambda c: -repair_of(c).closed())
@@ -90,12 +94,14 @@ def _only_mended(job: Shrinking, candidate: Candidate) -> bool:
 
 
 def mended(job: Shrinking, name: str, candidate: Candidate) -> float:
-    """Quality on validation after the closed forms alone, more is better; read once a study."""
-    return float(
-        job.study.once(
-            f"mended/{candidate.id}", lambda: _Repair(job, name, candidate, None, START).closed()
-        )
-    )
+    """Quality on validation after the closed forms alone, more is better; read once a study. The
+    repair rests until the candidate is chosen."""
+
+    def read() -> float:
+        one = job.resting[candidate] = _Repair(job, name, candidate, None, START)
+        return one.closed()
+
+    return float(job.study.once(f"mended/{candidate.id}", read))
 
 
 def _share(job: Shrinking, count: int, least: float = 0.0) -> float | None:
@@ -148,6 +154,11 @@ class _Repair:
         self.stages: list[dict[str, Any]] = []
         self.best: nn.Module = job.family.build(candidate)
         self.top = -float("inf")
+
+    def woken(self, name: str, seconds: float | None) -> _Repair:
+        """The same repair where it goes on, with a share of its own for what is left."""
+        self.name, self.seconds = name, None if seconds is None else seconds + self.used
+        return self
 
     def run(self, tuned: bool) -> None:
         """What is left of the repair; `tuned`: with training."""

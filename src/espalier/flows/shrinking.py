@@ -77,6 +77,7 @@ class Shrinking(Measuring):
     beside: bool = field(init=False)
     untuned: list[str] = field(default_factory=list)  # baselines that had no fine-tuning
     greedy: dict[Candidate, tuple[float, float]] = field(default_factory=dict)
+    resting: dict[Candidate, Any] = field(default_factory=dict)  # repairs after their closed forms
 
     def __post_init__(self) -> None:
         self.asked = self.limits

@@ -108,8 +108,9 @@ def allocating(job: Shrinking) -> dict[str, Solve]:
     others = {}
     if job.latency_limit is not None:
         others = {"all in integers": _but_integers(job), "all in float": _but_float(job)}
-    alone = {n: program_on(job, [*harm, *f]) for n, f in others.items() if f}
-    return {MIXED: program_on(job, harm, tuple(alone.values())), **alone}
+    costs = factors_of(job, [x.metric for x in job.limits])
+    alone = {n: program_on(job, [*harm, *f], (), costs) for n, f in others.items() if f}
+    return {MIXED: program_on(job, harm, tuple(alone.values()), costs), **alone}
 
 
 def _but_integers(job: Shrinking) -> list[Factor]:
@@ -139,12 +140,33 @@ def _forbidden(job: Shrinking, rule: Callable[[int, list[int]], bool]) -> list[F
     return found
 
 
-def program_on(job: Shrinking, harm: Sequence[Factor], begun: Sequence[Solve] = ()) -> Solve:
-    """The exact program on any additive harm; it begins at the best of what was `begun`."""
-    costs = factors_of(job, [x.metric for x in job.limits])
+def program_on(
+    job: Shrinking,
+    harm: Sequence[Factor],
+    begun: Sequence[Solve] = (),
+    costs: Mapping[str, Sequence[Factor]] | None = None,
+) -> Solve:
+    """The exact program on any additive harm, within the limits on costs; it begins at the best of
+    what was `begun`."""
+    if costs is None:
+        costs = factors_of(job, [x.metric for x in job.limits])
     told = [*harm, *_sparing(job, harm)]
+    found_before: dict[tuple[Limit, ...], Candidate | EspalierError] = {}
 
     def solve(limits: Sequence[Limit]) -> Candidate:
+        """Solved once for the same limits: what another program begins at is asked for again."""
+        key = tuple(limits)
+        if key not in found_before:
+            try:
+                found_before[key] = afresh(limits)
+            except EspalierError as error:
+                found_before[key] = error
+        found = found_before[key]
+        if isinstance(found, EspalierError):
+            raise found
+        return found
+
+    def afresh(limits: Sequence[Limit]) -> Candidate:
         program = Program(job.family.space, told, costs, limits)
         hint = _best_of(program, [c for solve in begun if (c := _answer(solve, limits))])
         found = program.solve(seconds=_seconds(job), seed=job.seed, hint=hint)
