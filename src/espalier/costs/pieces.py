@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from espalier.costs.chain import chain
 from espalier.costs.cost import Builder
@@ -187,12 +188,19 @@ _TOLD |= {"container", "flatten"}
 
 
 def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-    """What decides the counts and work of a chain of torch's plain layers, without running it."""
+    """What decides the counts and work of torch's plain layers, chained or traced, without running
+    them."""
     beside = getattr(module, "beside_bytes", 0)
     module, x = unfolded(module, x)
     if isinstance(module, Turn):
         return "turn", tuple(x.shape), x.dtype
+    code = ""
     for part in module.modules():
+        if isinstance(part, fx.GraphModule) and _plainly(part):
+            code += part.code
+            continue
+        if type(part) is nn.Module:  # a name within a traced module
+            continue
         room, _, file = type(part).__module__.rpartition(".")
         opaque = isinstance(part, (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict))
         if room != "torch.nn.modules" or file not in _TOLD or opaque or part._forward_hooks:
@@ -200,7 +208,22 @@ def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     state = module.state_dict()
     weights = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     held = tuple((name, tuple(t.shape), t.dtype) for name, t in state.items())
-    return repr(module), weights, held, tuple(x.shape), x.dtype, beside
+    return code, repr(module), weights, held, tuple(x.shape), x.dtype, beside
+
+
+def _plainly(traced: fx.GraphModule) -> bool:
+    """Whether code and layers tell all of a traced module: it calls functions of torch and Python
+    alone, and holds no tensors beside its state."""
+    if traced._forward_hooks:
+        return False
+    own = {*dict(traced.named_parameters()), *dict(traced.named_buffers())}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target not in own:
+            return False
+        called = node.op == "call_function" and not isinstance(node.target, BuiltinFunctionType)
+        if called and not str(node.target.__module__).startswith("torch."):
+            return False
+    return True
 
 
 class _Units(Pieces):
