@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 import models
 from espalier import tasks
+from espalier.flows.machine import machine
 from espalier.problem import Limit
 from espalier.solvers.allocate import Factor, Program
 from espalier.space import Space, ordinal
@@ -236,6 +237,7 @@ def main() -> None:
         }
         print(model, one["summary"], flush=True)
         result["models"][model] = one
+        result["machine"] = machine()
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

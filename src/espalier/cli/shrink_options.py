@@ -28,7 +28,7 @@ Most = Annotated[
     typer.Option(
         "--max",
         help="An upper limit, NAME=VALUE, as often as needed: latency_ms=0.3, bytes=200kB, "
-        "macs=2M, params=60k, or a share of the original's: latency_ms=60%. Of a language model: "
+        "macs=2M, params=60k, activation_bytes=64kB, or a share of the original's: latency_ms=60%. Of a language model: "
         "bytes, params, active_params, kv_bytes=25%@4096, prefill_ms, decode_ms.",
     ),
 ]

@@ -204,7 +204,7 @@ The idea: at a fixed size, a network that computes more is better, so the search
 The published fitness adds operations and the distance to the size, in units that suit 3 MB; here
 both are shares, the distance times ten, and of all shapes looked at only those within 1% of the size
 count. Because cost is a formula, every shape can be counted too, so how near the genetic search comes is
-known: 88% to 100% of the most operations there are, over three seeds.
+known: 88% to 100% of the most operations there are, over five seeds.
 
 Everything is smaller than published: 160 kB in place of 3 MB, vocabularies of 256 to 1,024 byte
 pairs, 1 to 8 layers, 8 classes (the module of the standard library that 48 tokens are from), a
