@@ -48,6 +48,16 @@ def watched() -> Iterator[Callable[[float], float]]:
 
 
 @pytest.fixture(scope="module")
+def few_drawn() -> Iterator[None]:
+    """Families conform on half as many random candidates: for those whose candidates take long."""
+    from espalier.testing import family
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "RANDOM", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
 def quick_tables() -> Iterator[None]:
     """Tables of one timing a piece and few networks: for tests of what is done with them."""
     from espalier.costs import calibration, context, pace
@@ -61,7 +71,27 @@ def quick_tables() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tables_once(quick_tables: None) -> Iterator[None]:
+def pieces_once() -> Iterator[None]:
+    """Within a module, the pieces of a shipped family are listed once: they hang on its space alone."""
+    from espalier.costs import pieces
+
+    make, known = pieces._made, dict[Any, Any]()
+
+    def once(family: Any) -> Any:
+        if not type(family).__module__.startswith("espalier.nets"):
+            return make(family)
+        key = type(family), tuple(family.shape), family.classes, family.space.fingerprint
+        if key not in known:
+            known[key] = family, make(family)  # pieces hold their family weakly
+        return known[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "_made", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tables_once(quick_tables: None, pieces_once: None) -> Iterator[None]:
     """Within a module, a latency table is measured once for each space and runtime.
 
     For tests of what is done with a table; how it is measured has tests of its own.

@@ -19,8 +19,16 @@ from espalier.cli import app
 
 OWN = """
 import espalier as esp
+from espalier.costs import calibration, context, pace, runtime
 from espalier.flows import job
 from espalier.flows.plan import Plan
+
+# how latency is timed has tests of its own (see quick_tables in conftest.py)
+timed = runtime.clock
+runtime.clock = lambda run, **how: timed(run, **{**how, "seconds": 0.02, "precision": 0.5})
+pace.Pace.now = lambda self: 1.0
+context._UNSURE = float("inf")
+calibration.Calibration.__init__.__kwdefaults__.update(fit=4, held_out=3)
 
 # how epochs are planned has tests of its own
 job.make_plan = lambda *given: Plan(
@@ -53,7 +61,7 @@ def here(*words: str | Path) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a slow test comes long before the others of this file
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("own") / "mine.py"
     path.write_text(OWN)
@@ -68,7 +76,7 @@ def search_words(own: Path, out: Path, workers: int = 2) -> list[Any]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(own: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("cli") / "run"
     done = espalier(*search_words(own, out, workers=0))
@@ -123,7 +131,7 @@ def test_killed_at_random_instants_it_resumes_to_the_same_answer(
     itself is killed at twenty instants in test_study_kill.py; here it is the whole flow: training,
     workers, measuring."""
     rng = random.Random(7)
-    words = [w for w in search_words(own, tmp_path / "run") if w != "--json"]
+    words = [w for w in search_words(own, tmp_path / "run", workers=1) if w != "--json"]
     resumed: list[str] = []
     for phase in ("training the supernet", "search: nsga2", "training to the end"):
         process = subprocess.Popen(command(*words, *resumed), stderr=subprocess.PIPE, text=True)

@@ -151,6 +151,7 @@ def test_a_turn_is_timed_over_two_layers_of_one_kind(monkeypatch: pytest.MonkeyP
     assert watch.piece(Turn(), torch.randn(1, 16)) == pytest.approx(1e-4)  # nothing is blocked
 
 
+@pytest.mark.usefixtures("quick_tables")
 def test_the_table_knows_that_mixed_kinds_take_longer(family: Pretrained) -> None:
     """As measured: where kinds alternate turns take time, where all are of one kind none."""
     table = PredictedLatency(family, OnnxRuntime(seconds=0.01))

@@ -342,7 +342,6 @@ def test_a_table_of_few_rows_is_given_numbers_of_these() -> None:
 
 
 FAMILIES: dict[str, Callable[[], esp.Family]] = {
-    "mobilenet": lambda: esp.nets.make("mobilenet", (1, 8, 8), 10),
     "mobilenet of several resolutions": lambda: esp.nets.make("mobilenet", (3, 16, 16), 7),
     "resnet": lambda: esp.nets.make("resnet", (3, 16, 16), 10),
     "plain": Plain,

@@ -282,13 +282,18 @@ def test_bound_memory_lives_as_long_as_the_run(monkeypatch: pytest.MonkeyPatch) 
 # --- ONNX files ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model.onnx"
+@pytest.fixture(scope="module")
+def exported() -> bytes:
     chain_ = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()
     )
-    path.write_bytes(to_onnx(nn.Sequential(chain_, nn.Linear(288, 5)), torch.zeros(1, 3, 8, 8)))
+    return to_onnx(nn.Sequential(chain_, nn.Linear(288, 5)), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.fixture
+def model(tmp_path: Path, exported: bytes) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported)
     return path
 
 
@@ -509,9 +514,14 @@ def test_prediction_conforms(
     check_cost(predicted, candidates)
 
 
-def test_pieces_beyond_the_limit_are_filled_in() -> None:
+@pytest.fixture(scope="module")
+def mobilenet() -> esp.Family:
+    return esp.nets.make("mobilenet", (1, 8, 8), 10)
+
+
+def test_pieces_beyond_the_limit_are_filled_in(mobilenet: esp.Family) -> None:
     """The linear filler has the true law among its features: it must find it."""
-    family = esp.nets.make("mobilenet", (1, 8, 8), 10)
+    family = mobilenet
     predicted = PredictedLatency(family, Counting())
     predicted.calibrate(limit=60)
     assert predicted.error["units_measured"] == 60 < predicted.error["units"]
@@ -524,8 +534,8 @@ def test_pieces_beyond_the_limit_are_filled_in() -> None:
     np.testing.assert_allclose(found, wanted, rtol=0.08)
 
 
-def test_when_the_time_is_over_a_few_of_each_unit_are_measured() -> None:
-    family = esp.nets.make("mobilenet", (1, 8, 8), 10)
+def test_when_the_time_is_over_a_few_of_each_unit_are_measured(mobilenet: esp.Family) -> None:
+    family = mobilenet
     predicted = PredictedLatency(family, Counting())
     predicted.calibrate(seconds=0.0)
     error = predicted.error

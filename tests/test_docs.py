@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import pytest
 
 import espalier as esp
 from espalier.flows.plan import Plan
-from espalier.testing.strategy import check_strategy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -49,6 +47,7 @@ def run(code: list[str], names: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_tables", "pieces_once")
 def test_the_tutorial_runs_from_top_to_bottom(
     tmp_path: Path, page: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +56,7 @@ def test_the_tutorial_runs_from_top_to_bottom(
     assert len(searches) == 2
     assert all(block.count('budget="1min",') == 1 for block in searches)
     code = [block.replace('budget="1min",', 'budget="1min", plan=TINY,') for block in code]
-    code = [block.replace("batch=1)", "batch=1, seconds=0.05)") for block in code]
+    code = [block.replace("batch=1)", "batch=1, seconds=0.02, precision=0.2)") for block in code]
     page["TINY"] = TINY
     run(code, page)
     found = page["found"]
@@ -89,6 +88,8 @@ def test_the_code_of_a_how_to_runs(
     name: str, tmp_path: Path, page: dict[str, Any], bound_search: list[dict[str, Any]]
 ) -> None:
     code = blocks(DOCS / "howto" / f"{name}.md")
+    few = 'images("digits", train=64, validation=64, test=64)'
+    code = [b.replace('images("digits")', few) for b in code]
     run([b.replace("trials=24", "trials=4").replace("epochs=2", "epochs=1") for b in code], page)
     if name == "own-strategy":
         (study,) = tmp_path.glob("runs/*/ledger.sqlite")
@@ -98,13 +99,10 @@ def test_the_code_of_a_how_to_runs(
         assert call["budget"] == "2min"
 
 
-def test_the_hill_climber_is_short_and_conforms() -> None:
+def test_the_hill_climber_is_short() -> None:  # that it conforms is shown by its how-to
     path = DOCS / "examples" / "own_strategy.py"
     code = path.read_text().split('"""', 2)[2]
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
-    climber = runpy.run_path(str(path))["HillClimber"]
-    family = esp.nets.make("mobilenet", (1, 8, 8), 10)
-    check_strategy(climber, family.space, learns=True)
 
 
 def _module(path: Path) -> ModuleType:

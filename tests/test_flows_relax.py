@@ -25,7 +25,7 @@ from report_html import read
 from report_sample import sample_result
 from test_flows_search import Interrupting, signature
 
-pytestmark = pytest.mark.usefixtures("quick_tables")
+pytestmark = pytest.mark.usefixtures("quick_tables", "pieces_once")
 
 TINY = Plan(supernet_epochs=3, trials=6, population=3, finalists=1, final_epochs=1)
 

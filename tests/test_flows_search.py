@@ -27,6 +27,7 @@ from report_sample import sample_result
 pytestmark = pytest.mark.usefixtures("tables_once")
 
 TINY = Plan(supernet_epochs=2, trials=16, population=8, finalists=1, final_epochs=3)
+SHORT = Plan(supernet_epochs=2, trials=4, population=4, finalists=1, final_epochs=1)
 RECIPE = esp.Recipe(batch=64)
 WITHIN = {"params": "30k", "macs": "<= 1M"}
 
@@ -164,7 +165,7 @@ class Interrupting(Silent):
 
 @pytest.mark.parametrize(
     ("phase", "at"),
-    [("training the supernet", 1), ("search", 5), ("random", 9), ("training to the end", 1)],
+    [("training the supernet", 1), ("search", 5), ("training to the end", 1)],
 )
 def test_an_interrupted_search_goes_on_to_the_same_result(
     found: esp.Found, tmp_path: Path, phase: str, at: int
@@ -177,9 +178,11 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
 
 
 def test_two_workers_give_the_same_result(found: esp.Found, tmp_path: Path) -> None:
+    """They go on with what one process began, amid random search, and train to the end."""
     # the supernet is taken over: it was trained in this process, with this process's threads
-    two = tiny_search(tmp_path / "run", workers=2, reuse=found.folder)
-    assert signature(two) == signature(found)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_search(tmp_path / "run", progress=Interrupting("random", 9), reuse=found.folder)
+    assert signature(tiny_search(tmp_path / "run", resume=True, workers=2)) == signature(found)
 
 
 def test_a_study_is_not_overwritten_and_not_mixed_up(found: esp.Found) -> None:
@@ -293,19 +296,22 @@ def test_an_own_strategy_is_made_from_space_and_seed(found: esp.Found, tmp_path:
 
         name = "backwards"
 
-    own = tiny_search(tmp_path / "run", strategy=Backwards, reuse=found.folder)
+    own = tiny_search(tmp_path / "run", strategy=Backwards, reuse=found.folder, plan=SHORT)
     with esp.Study.open(own.folder) as study:
         assert study.meta["phase/search"]["strategy"] == "backwards"
     with pytest.raises(StudyError, match="strategy"):
-        tiny_search(tmp_path / "run", resume=True)
+        tiny_search(tmp_path / "run", resume=True, plan=SHORT)
 
 
-def test_a_limit_so_tight_that_random_search_finds_nothing(tmp_path: Path) -> None:
+def test_a_limit_so_tight_that_random_search_finds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("espalier.study.search.IDLE_ASKS", 20)  # one candidate keeps it
     family = esp.nets.make("resnet", (1, 8, 8), 10)
     counts = esp.costs.Counts(family)
     least = float(counts.estimate_codes(family.space.corner(last=False))["params"][0])
     found = esp.search(
-        family, "digits", within={"params": least}, plan=TINY, recipe=RECIPE, out=tmp_path / "run",
+        family, "digits", within={"params": least}, plan=SHORT, recipe=RECIPE, out=tmp_path / "run",
         on=QUICK,
     )  # fmt: skip
     result = found.to_json()
@@ -329,7 +335,7 @@ def test_a_limit_out_of_reach_is_refused_after_a_second_calibration_only(
 
     monkeypatch.setattr(esp.costs.PredictedLatency, "calibrate", sometimes_slow)
     # far above what these networks take, on however busy a machine, and far below the slow overhead
-    search = {"within": {"latency_ms": 50.0}, "out": tmp_path / "run"}
+    search = {"within": {"latency_ms": 50.0}, "out": tmp_path / "run", "plan": SHORT}
     if slow_calibrations == 1:
         assert tiny_search(**search).best.metrics["latency_ms"].value < 100
     else:

@@ -14,6 +14,8 @@ from espalier.nets.macro import NBMacro
 from espalier.nets.nb201 import EDGES, NB201, OPERATORS, SPACE
 from espalier.testing import check_family
 
+pytestmark = pytest.mark.usefixtures("few_drawn")
+
 
 def row(**operators: str) -> np.ndarray:
     """The codes of a cell; edges that are not named are "none"."""
@@ -32,7 +34,8 @@ def test_nb201_networks_have_the_parameters_and_macs_of_the_table(
 ) -> None:
     table = tables.load(f"nb201:dataset={dataset}")
     family = NB201(classes=classes)
-    rows = np.random.default_rng(classes).choice(len(table), 60, replace=False)
+    count = 24 if dataset == "cifar10" else 8  # they differ in the head alone
+    rows = np.random.default_rng(classes).choice(len(table), count, replace=False)
     for at, candidate in zip(rows, table.space.decode(table.codes[rows]), strict=True):
         found = costs.count(family.build(candidate), family.example())
         assert found.params == table.columns["params"][at]
@@ -112,7 +115,7 @@ def test_nb_macro_conforms(shape: tuple[int, ...]) -> None:
 def test_nb_macro_networks_have_the_parameters_and_macs_of_the_table(real_data: object) -> None:
     table = tables.load("nb_macro")
     family = NBMacro()
-    rows = np.random.default_rng(0).choice(len(table), 60, replace=False)
+    rows = np.random.default_rng(0).choice(len(table), 16, replace=False)
     for at, candidate in zip(rows, table.space.decode(table.codes[rows]), strict=True):
         found = costs.count(family.build(candidate), family.example())
         assert found.params == table.columns["params"][at]

@@ -25,6 +25,8 @@ from espalier.testing.family import (
 )
 from espalier.train.precision import autocast
 
+pytestmark = pytest.mark.usefixtures("few_drawn")
+
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     a, b = a.detach(), b.detach()

@@ -12,6 +12,8 @@ from espalier.nets.hierarchical import HierarchicalViT, Reduce
 from espalier.nets.hybrid import Hybrid
 from espalier.testing.family import check_family
 
+pytestmark = pytest.mark.usefixtures("few_drawn")
+
 
 def test_transformers_conform_also_where_sides_are_odd():
     options = {"widths": [(8, 12), (12, 16)], "heads": [(1, 2), 2], "depth": (1, 2)}

@@ -149,6 +149,8 @@ def test_the_search_keeps_its_budget_and_the_limit_and_beats_random():
         assert DigitsCells().counts(drawn[:, :8])[1].max() <= fbnetv3.MACS
         ahead += values.max() > work(drawn).max()
         assert values[20:].mean() > values[:20].mean() + 1  # the predictor has learnt something
+        if ahead == 2:
+            break
     assert ahead >= 2
 
 

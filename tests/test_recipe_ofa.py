@@ -1,6 +1,7 @@
 """Once-for-All: what its calendar opens, and that the recipe runs and judges."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -65,7 +66,10 @@ def test_the_verdict():
     assert ofa.verdict(scores, [0.5])["shrunk_less_reversed"] == pytest.approx(0.05)
 
 
-def test_the_recipe_runs(tmp_path):
+def test_the_recipe_runs(tmp_path, monkeypatch):
+    shorter = {"kernel": 2, "depth": 3, "expansion": 4}
+    plan = replace(ofa._SCALES["smoke"], shrink_epochs=shorter, subnets=4)
+    monkeypatch.setitem(ofa._SCALES, "smoke", plan)
     found = recipes.run("ofa", "smoke", 0, tmp_path)
     assert json.loads(json.dumps(found))["check"]["shrunk_less_sliced"] > 0.02
     assert sum(1 for _ in tmp_path.rglob("*.safetensors")) == 7  # the largest, and each stage twice

@@ -91,7 +91,7 @@ def test_plotly_drew_every_point(light: Seen) -> None:
 def _near(picture: np.ndarray, colour: str, reach: int = 10) -> int:
     """How many pixels have a colour."""
     wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.abs(picture.astype(int) - wanted).max(axis=-1) <= reach).sum())
+    return int((np.abs(picture.astype(np.int16) - wanted).max(axis=-1) <= reach).sum())
 
 
 def test_the_picture_shows_the_page(light: Seen) -> None:
@@ -108,7 +108,7 @@ def test_the_picture_shows_the_page(light: Seen) -> None:
         ("#a9cdb6", 3000),  # the network's 1x1 convolutions
     ):
         assert _near(picture, colour) >= least, colour
-    written = (np.abs(picture.astype(int) - picture[2, 2]).max(axis=-1) > 60).mean(axis=1)
+    written = (np.abs(picture.astype(np.int16) - picture[2, 2]).max(axis=-1) > 60).mean(axis=1)
     blank = np.diff(np.flatnonzero(np.concatenate([[True], written > 0, [True]])))
     assert blank.max() < 160, "a tall empty stretch: something was not drawn"
 
@@ -120,6 +120,6 @@ def test_dark_and_narrow(dark: Seen) -> None:
     assert _near(picture, "#6fc79a") > 2000
     assert _near(picture, "#8fb2f0") > 80
     # nothing is cut off at the right: the margin is paper all the way down
-    assert (np.abs(picture[:, -12:].astype(int) - picture[2, 2]).max(axis=-1) <= 4).all()
+    assert (np.abs(picture[:, -12:].astype(np.int16) - picture[2, 2]).max(axis=-1) <= 4).all()
     # the figures' text is light: no axis is drawn in the light scheme's ink
     assert "fill: rgb(231, 235, 232)" in dark.dom

@@ -20,7 +20,7 @@ from espalier.space import Candidate
 _AIM, _CLOSE = 0.985, 0.965
 _ROUNDS = 8  # candidates measured
 _HURRIED, _SPENT = 3, 0.05  # rounds where they took more than this share of the time that is left
-_ALONE = 0.5  # the same, where no training waits for the time
+_ALONE = 0.5  # the same, where no training waits for the time; over all ways to solve
 _FREE = 1e3  # times the bound: no limit at all
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
@@ -46,7 +46,7 @@ def best_fitted(
     refused: list[EspalierError] = []
     for way, solve in solves.items():
         try:
-            found.setdefault(fitted(job, name, solve, tighten), way)
+            found.setdefault(fitted(job, name, solve, tighten, len(solves)), way)
         except (BudgetError, NotInTimeError) as error:
             refused.append(error)
     if not found:
@@ -57,31 +57,39 @@ def best_fitted(
     return {name: best} | {way: c for c, way in found.items() if c != best}
 
 
-def fitted(job: Shrinking, name: str, solve: Solve, tighten: float = 1.0) -> Candidate:
+def fitted(
+    job: Shrinking, name: str, solve: Solve, tighten: float = 1.0, ways: int = 1
+) -> Candidate:
     """The best candidate that keeps every limit as measured, found in a few rounds.
 
     `solve` reads limits on predicted latency; each round corrects that limit by what its answer
-    measures. `tighten` asks for less than the limit. Every round is noted in `job.rounds`.
+    measures. `tighten` asks for less than the limit; so many `ways` share the time. Every round is noted in `job.rounds`.
     Errors: `BudgetError` where none of its answers does.
     """
     limit = job.latency_limit
     if limit is None or job.predicted is None:
         return solve(job.limits)
-    return _Fitting(job, name, solve, limit, limit.bound * tighten).run()
+    return _Fitting(job, name, solve, limit, limit.bound * tighten, ways).run()
 
 
 class _Fitting:
     """The bound on the prediction lies between one that kept the limit and one that broke it."""
 
     def __init__(
-        self, job: Shrinking, name: str, solve: Solve, limit: Limit, wanted: float
+        self,
+        job: Shrinking,
+        name: str,
+        solve: Solve,
+        limit: Limit,
+        wanted: float,
+        ways: int,
     ) -> None:
         self.job, self.name, self.solve, self.limit, self.wanted = job, name, solve, limit, wanted
         self.kept: tuple[float, Candidate] | None = None
         self.broken = float("inf")
         self.times: dict[Candidate, float] = {}
         self.free: list[Candidate | None] | None = None  # the answer where latency is no matter
-        self.began = time.monotonic()
+        self.began, self.ways = time.monotonic(), ways
 
     def run(self) -> Candidate:
         job = self.job
@@ -128,7 +136,7 @@ class _Fitting:
     def hurried(self) -> bool:
         """Whether a closer fit would take time that repair needs."""
         left = self.job.left()
-        share = _SPENT if self.job.trains else _ALONE
+        share = _SPENT if self.job.trains else _ALONE / self.ways
         return left is not None and time.monotonic() - self.began > share * left
 
     def answer(self, bound: float) -> Candidate | None:

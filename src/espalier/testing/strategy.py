@@ -24,13 +24,18 @@ Score = Callable[[Codes], tuple[Array, Array]]
 
 
 def check_strategy(
-    make_strategy: MakeStrategy, space: Space, *, learns: bool | None = None, seeds: int = 5
+    make_strategy: MakeStrategy,
+    space: Space,
+    *,
+    learns: bool | None = None,
+    seeds: int = 5,
+    rows: int = 240,
 ) -> None:
     """Every check, on `space` and on small spaces of its own.
 
     `make_strategy(space, seed)` gives a new strategy. `learns` says whether it claims to be better
-    than random search on an easy problem, on average over `seeds`; without it, the strategy's attribute
-    `learns` does.
+    than random search on an easy problem, within `rows` and on average over `seeds`; without it, the
+    strategy's attribute `learns` does.
     """
     if learns is None:
         learns = bool(getattr(make_strategy(space, 0), "learns", False))
@@ -41,9 +46,9 @@ def check_strategy(
         check_state(make_strategy, space, objectives)
     check_refused(make_strategy, space)
     if learns:
-        check_better_than_random(make_strategy, seeds)
-        check_front_better_than_random(make_strategy, seeds)
-        check_finds_feasible(make_strategy, seeds)
+        check_better_than_random(make_strategy, seeds, rows)
+        check_front_better_than_random(make_strategy, seeds, rows)
+        check_finds_feasible(make_strategy, seeds, rows)
 
 
 # --- spaces and problems -----------------------------------------------------------------------
@@ -207,48 +212,50 @@ def check_refused(make_strategy: MakeStrategy, space: Space) -> None:
     assert len(space.unique(codes)) == len(codes), "rows were repeated when nothing was told"
 
 
-def check_better_than_random(make_strategy: MakeStrategy, seeds: int = 5) -> None:
-    """After 240 rows of an easy problem, nearer to the best than random search."""
+def check_better_than_random(make_strategy: MakeStrategy, seeds: int = 5, rows: int = 240) -> None:
+    """After `rows` of an easy problem, nearer to the best than random search."""
     for n in (1, 12):
-        mine, chance = (_nearest(make, n, seeds) for make in (make_strategy, Random))
+        mine, chance = (_nearest(make, n, seeds, rows) for make in (make_strategy, Random))
         assert mine < 0.8 * chance, (
             f"in batches of {n} the best is {mine:.3f} on average, random search's {chance:.3f}"
         )
 
 
 @functools.cache  # what random search does is asked for again and again
-def _nearest(make: MakeStrategy, n: int, seeds: int) -> float:
+def _nearest(make: MakeStrategy, n: int, seeds: int, rows: int) -> float:
     space = easy_space()
     score = distances(space, 1)
     return float(
-        np.mean([drive(make(space, s), score, 240 // n, n)[1].min() for s in range(seeds)])
+        np.mean([drive(make(space, s), score, rows // n, n)[1].min() for s in range(seeds)])
     )
 
 
-def check_front_better_than_random(make_strategy: MakeStrategy, seeds: int = 5) -> None:
+def check_front_better_than_random(
+    make_strategy: MakeStrategy, seeds: int = 5, rows: int = 240
+) -> None:
     """With two objectives, a larger hypervolume than random search."""
-    mine, chance = _volume(make_strategy, seeds), _volume(Random, seeds)
+    mine, chance = _volume(make_strategy, seeds, rows), _volume(Random, seeds, rows)
     assert mine > chance, f"hypervolume {mine:.4f} on average, random search's {chance:.4f}"
 
 
 @functools.cache
-def _volume(make: MakeStrategy, seeds: int) -> float:
+def _volume(make: MakeStrategy, seeds: int, rows: int) -> float:
     space = easy_space()
     score = distances(space, 2)
-    fronts = [drive(make(space, s), score, 20, 12)[1] for s in range(seeds)]
+    fronts = [drive(make(space, s), score, rows // 12, 12)[1] for s in range(seeds)]
     return float(np.mean([hypervolume(values, [0.6, 0.6]) for values in fronts]))
 
 
-def check_finds_feasible(make_strategy: MakeStrategy, seeds: int = 5) -> None:
-    """Led by the violations of refused rows, finds rows that keep a limit that few rows keep."""
-    mine, chance = _kept(make_strategy, seeds), _kept(Random, seeds)
+def check_finds_feasible(make_strategy: MakeStrategy, seeds: int = 5, rows: int = 240) -> None:
+    """Within twice the rows, led by the violations of refused rows, finds rows that keep a limit that few rows keep."""
+    mine, chance = _kept(make_strategy, seeds, rows), _kept(Random, seeds, rows)
     assert mine > 5 * chance + 5, (
-        f"of 480 rows {mine:.1f} kept the limit on average, of random search {chance:.1f}"
+        f"of {2 * rows} rows {mine:.1f} kept the limit on average, of random search {chance:.1f}"
     )
 
 
 @functools.cache
-def _kept(make: MakeStrategy, seeds: int) -> float:
+def _kept(make: MakeStrategy, seeds: int, rows: int) -> float:
     space = easy_space()
     middle = np.full((1, len(space)), 4, dtype=space.dtype)
 
@@ -257,5 +264,5 @@ def _kept(make: MakeStrategy, seeds: int) -> float:
         violations = np.maximum(far - 0.1, 0.0)
         return np.where(violations > 0, np.nan, far)[:, None], violations
 
-    found = [drive(make(space, s), score, 40, 12)[2] <= 0 for s in range(seeds)]
+    found = [drive(make(space, s), score, rows // 6, 12)[2] <= 0 for s in range(seeds)]
     return float(np.mean([rows.sum() for rows in found]))
