@@ -72,7 +72,8 @@ def quick_tables() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pieces_once() -> Iterator[None]:
-    """Within a module, the pieces of a shipped family are listed once: they hang on its space alone."""
+    """Within a module, the pieces of a shipped family are listed once: they hang on its space and
+    weights' shapes."""
     from espalier.costs import pieces
 
     make, known = pieces._made, dict[Any, Any]()
@@ -80,7 +81,8 @@ def pieces_once() -> Iterator[None]:
     def once(family: Any) -> Any:
         if not type(family).__module__.startswith("espalier.nets"):
             return make(family)
-        key = type(family), tuple(family.shape), family.classes, family.space.fingerprint
+        shapes = tuple((name, tuple(p.shape)) for name, p in family.named_parameters())
+        key = type(family), tuple(family.shape), family.classes, family.space.fingerprint, shapes
         if key not in known:
             known[key] = family, make(family)  # pieces hold their family weakly
         return known[key][1]

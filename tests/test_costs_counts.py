@@ -9,14 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import espalier as esp
 from espalier.costs import Count, Counts, count, layers
 from espalier.costs.count import weight_bytes
 from espalier.costs.distinct import distinct
-from espalier.costs.pieces import pieces_of
+from espalier.costs.pieces import _signature, pieces_of
+from espalier.costs.record import record
 from espalier.errors import ExportError
 from espalier.export import to_onnx
 from espalier.export.weights import to_safetensors
@@ -386,3 +387,30 @@ def test_distinct_agrees_with_numpy() -> None:
             first, kind = distinct(rows, columns)
             assert np.array_equal(rows[first[kind]][:, columns], rows[:, columns])
             assert len(first) == len(np.unique(rows[:, columns], axis=0)[: len(rows)])
+
+
+def test_traced_pieces_are_known_by_code_layers_and_what_they_borrow() -> None:
+    """Weights of a second call are no state of a piece, but decide what it computes."""
+
+    def traced(width: int, slope: float = 0.0) -> fx.GraphModule:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        made = graph.call_function(F.linear, (x, graph.get_attr("weight")))
+        graph.output(graph.call_function(F.leaky_relu, (made, slope)))
+        root = nn.Module()
+        root.weight = nn.Parameter(torch.zeros(width, 4))
+        module = fx.GraphModule(root, graph)
+        del module.weight
+        module.register_buffer("weight", torch.zeros(width, 4), persistent=False)
+        return module
+
+    x = torch.zeros(1, 4)
+    one, same, wider, other = (
+        _signature(m, x) for m in (traced(8), traced(8), traced(16), traced(8, 0.1))
+    )
+    assert one is not None
+    assert one == same
+    assert len({one, wider, other}) == 3
+    foreign = traced(8)
+    foreign.graph.find_nodes(op="call_function", target=F.linear)[0].target = record
+    assert _signature(foreign, x) is None  # who knows what it does

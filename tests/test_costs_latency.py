@@ -38,6 +38,7 @@ from espalier.costs.filler import FILLERS, Filler, choose
 from espalier.costs.machine import Snapshot, load_between
 from espalier.costs.onnx_file import _record, _set_batch
 from espalier.costs.timing import clock, spread
+from espalier.costs.work import FEATURES
 from espalier.errors import DataError, EspalierError
 from espalier.export import to_onnx
 from espalier.testing.cost import check_cost
@@ -504,6 +505,21 @@ def test_tables_come_back_from_json_and_pickle(
     assert again.to_json() == table
     thawed = pickle.loads(pickle.dumps(predicted))
     assert np.array_equal(thawed.estimate_codes(codes)["latency_ms"], wanted)
+
+
+def test_tables_of_before_are_read_where_nothing_is_rounded(
+    calibrated: tuple[esp.Family, PredictedLatency, list[Any]],
+) -> None:
+    family, predicted, _ = calibrated
+    before = json.loads(json.dumps(predicted.to_json())) | {"version": 2}
+    codes = family.space.sample(5, np.random.default_rng(3))
+    again = PredictedLatency.from_json(family, Counting(), before)
+    wanted = predicted.estimate_codes(codes)["latency_ms"]
+    assert np.array_equal(again.estimate_codes(codes)["latency_ms"], wanted)
+    next(iter(before["pieces"].values()))["work"][FEATURES.index("integer_elements")] = 8.0
+    for version, words in ((2, "earlier version: calibrate again"), (1, "of version 3")):
+        with pytest.raises(DataError, match=words):
+            PredictedLatency.from_json(family, Counting(), before | {"version": version})
 
 
 def test_prediction_conforms(

@@ -796,6 +796,15 @@ def test_with_bits_a_latency_is_also_kept_with_every_layer_in_integers(
         return Ratio(0.5 if all(layers) else 0.95, 0.0, 3)
 
     monkeypatch.setattr("espalier.flows.shrinking.ratio", slow_unless_all)
+    new = {**TIMED, "decisions": (esp.compress.Bits(),)}
+    found = tiny_shrink(tmp_path / "run", within={LATENCY: "60%"}, **new)
+    chosen = {v for k, v in found.best.candidate.items() if k.startswith("bits:")}
+    assert chosen == {8}
+
+
+def test_what_answers_were_compared_by_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judge, judged = repairing._Repair.judge, list[tuple[str, str]]()
 
     def noted(self: Any, stage: str, *rest: Any) -> None:
@@ -803,12 +812,47 @@ def test_with_bits_a_latency_is_also_kept_with_every_layer_in_integers(
         judge(self, stage, *rest)
 
     monkeypatch.setattr(repairing._Repair, "judge", noted)
-    new = {**TIMED, "decisions": (esp.compress.Bits(),)}
+    monkeypatch.setattr("espalier.flows.shrinking.ratio", lambda *args: Ratio(0.55, 0.0, 3))
+    cuts = (esp.compress.Widths(multiple=8, steps=2), esp.compress.Bits())
+    new = {**TIMED, "decisions": cuts, "repair": True, "tune": False}
     found = tiny_shrink(tmp_path / "run", within={LATENCY: "60%"}, **new)
-    chosen = {v for k, v in found.best.candidate.items() if k.startswith("bits:")}
-    assert chosen == {8}
-    # what the answers were compared by is not done again in the repair
+    with Study.open(found.folder) as study:
+        compared = [k for k in study.recorded() if k.startswith("mended/")]
+    assert len(compared) > 1
+    assert (found.best.candidate.id, "cut") in judged
     assert len(set(judged)) == len(judged)
+    assert not found._job.resting
+
+
+def test_a_repair_that_rested_learns_as_long_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its closed forms took when answers were compared is part of its share, as the others' is."""
+    now, left = [100.0], list[float]()
+    monkeypatch.setattr(repairing, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(repairing, "weights_path", lambda *args: Path("absent"))
+    monkeypatch.setattr(repairing, "save_weights", lambda network, path: None)
+    monkeypatch.setattr(repairing, "entry_of", lambda job, c, start: Entry(c, "", {}))
+
+    def took(self: Any, *rest: Any) -> None:
+        now[0] += 5.0
+        self.stages.append({"stage": "cut", "kept": True})
+
+    def fine_tune(self: Any, network: Any) -> None:
+        left.append(self.seconds - (now[0] - self.started))
+
+    monkeypatch.setattr(repairing._Repair, "judge", took)
+    monkeypatch.setattr(repairing._Repair, "statistics", lambda self, network: None)
+    monkeypatch.setattr(repairing._Repair, "fine_tune", fine_tune)
+    study = SimpleNamespace(once=lambda key, compute: compute(), folder=Path())
+    answer, rival = Number(id="a"), Number(id="b")
+    job: Any = SimpleNamespace(
+        study=study, trains=True, repair=False, untuned=[], resting={}, validation_seconds=0.0,
+        task=SimpleNamespace(size=lambda split: 100), show=Silent(), left=lambda: 68.0,
+        family=SimpleNamespace(build=lambda c: nn.Identity(), original=None),
+    )  # fmt: skip
+    repairing.mended(job, "shrunk", answer)
+    repairing.repair_all(job, {"shrunk": answer, "uniform": rival})
+    # 60 seconds and the 10 that were paid, in two shares, less 10 of closed forms each
+    assert left == [25.0, 25.0]
 
 
 def test_layers_of_one_kind_alone_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:

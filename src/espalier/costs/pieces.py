@@ -205,7 +205,7 @@ def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
         opaque = isinstance(part, (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict))
         if room != "torch.nn.modules" or file not in _TOLD or opaque or part._forward_hooks:
             return None
-    state = module.state_dict()
+    state = {**module.state_dict(), **dict(module.named_buffers())}  # borrowed weights among them
     weights = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     held = tuple((name, tuple(t.shape), t.dtype) for name, t in state.items())
     return code, repr(module), weights, held, tuple(x.shape), x.dtype, beside

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from espalier.costs.work import FEATURES
 from espalier.errors import DataError
 
-_VERSION = 2
+_VERSION = 3  # in 2 rounding was another operator, so pieces in integers had other fingerprints
+_INTEGER = [FEATURES.index(name) for name in ("integer_macs_16", "integer_elements")]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ class Table:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Table:
         """The table that `to_json` wrote. Errors: `DataError` for anything else."""
-        if data.get("format") != "espalier latency table" or data.get("version") != _VERSION:
+        version = data.get("version")
+        if data.get("format") != "espalier latency table" or version not in (2, _VERSION):
             raise DataError(
                 f"not a latency table of version {_VERSION}: give what calibrate() returned"
+            )
+        if version == 2 and any(p["work"][i] for p in data["pieces"].values() for i in _INTEGER):
+            raise DataError(
+                "a latency table with integers from an earlier version: calibrate again"
             )
         try:
             return cls(**{name: data[name] for name in cls.__dataclass_fields__})

@@ -227,7 +227,8 @@ def _on_levels(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> T
 
 @torch.library.custom_op("espalier::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, most: int) -> Tensor:
-    """What `torch.fake_quantize_per_tensor_affine` gives, to the bit, for levels 0 to `most`.
+    """What `torch.fake_quantize_per_tensor_affine` gives, of finite float32 to the bit, for levels 0
+    to `most`.
 
     On the processor that one takes about five times as long: it is not vectorised.
     """
@@ -249,7 +250,8 @@ def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tens
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     x, scale, zero = ctx.saved_tensors
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(scale) is not Tensor:
+        # a compiler has no numbers to read
         whole = (x * (1.0 / scale)).round_().add_(zero)
         return grad * ((whole >= 0) & (whole <= ctx.most)), None, None, None
     whole, low = (x * (1.0 / float(scale))).round_(), -int(zero) - 0.5

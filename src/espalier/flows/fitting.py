@@ -20,7 +20,7 @@ from espalier.space import Candidate
 _AIM, _CLOSE = 0.985, 0.965
 _ROUNDS = 8  # candidates measured
 _HURRIED, _SPENT = 3, 0.05  # rounds where they took more than this share of the time that is left
-_ALONE = 0.5  # the same, where no training waits for the time; over all ways to solve
+_ALONE = 0.5  # the same of all ways to solve, where no training waits for the time
 _FREE = 1e3  # times the bound: no limit at all
 _FURTHEST = 4.0  # times the first bound, where nothing keeps that by the table
 _LAST_ROUNDS = 4  # where nothing kept the limit by then, in larger steps
@@ -63,7 +63,7 @@ def fitted(
     """The best candidate that keeps every limit as measured, found in a few rounds.
 
     `solve` reads limits on predicted latency; each round corrects that limit by what its answer
-    measures. `tighten` asks for less than the limit; so many `ways` share the time. Every round is noted in `job.rounds`.
+    measures. `tighten` asks for less than the limit. Where nothing is trained so many `ways` share the time. Every round is noted in `job.rounds`.
     Errors: `BudgetError` where none of its answers does.
     """
     limit = job.latency_limit

@@ -48,11 +48,13 @@ def repair_all(
     for name, candidate in chosen.items():
         names.setdefault(candidate, name)
     candidates = list(names)
-    seconds = job.study.once("repair seconds", lambda: _share(job, len(candidates)))
+    # closed forms that were paid for when answers were compared are part of a share
+    paid = sum(one.used for c in candidates if (one := job.resting.get(c)) is not None)
+    seconds = job.study.once("repair seconds", lambda: _share(job, len(candidates), paid))
     if again and seconds is not None:
         least = _AGAIN * seconds
         seconds = job.study.once(
-            f"repair seconds/{candidates[0].id}", lambda: _share(job, len(candidates), least)
+            f"repair seconds/{candidates[0].id}", lambda: _share(job, len(candidates), paid, least)
         )
 
     starts = {c: LATER if again and _only_mended(job, c) else START for c in candidates}
@@ -77,6 +79,7 @@ def repair_all(
         repaired(job, candidate, start, partial(repair_of, candidate), training)
         out[name] = replace(entry_of(job, candidate, start), name=name)
     job.untuned += [name for name, candidate in chosen.items() if candidate.id not in tuned]
+    job.resting.clear()  # networks that were not chosen
     return out
 
 
@@ -104,12 +107,12 @@ def mended(job: Shrinking, name: str, candidate: Candidate) -> float:
     return float(job.study.once(f"mended/{candidate.id}", read))
 
 
-def _share(job: Shrinking, count: int, least: float = 0.0) -> float | None:
+def _share(job: Shrinking, count: int, paid: float, least: float = 0.0) -> float | None:
     left = job.left()
     if left is None:
         return None
     ready = left - _LAST_SECONDS - min(_passes(job, count), _READ * max(left, 0.0))
-    return max(ready / min(count, _TUNED), least, _LEAST)
+    return max((ready + paid) / min(count, _TUNED), least, _LEAST)
 
 
 def _passes(job: Shrinking, count: int) -> float:
@@ -156,8 +159,8 @@ class _Repair:
         self.top = -float("inf")
 
     def woken(self, name: str, seconds: float | None) -> _Repair:
-        """The same repair where it goes on, with a share of its own for what is left."""
-        self.name, self.seconds = name, None if seconds is None else seconds + self.used
+        """The same repair where it goes on; what it took so far is part of its share."""
+        self.name, self.seconds = name, seconds
         return self
 
     def run(self, tuned: bool) -> None:
