@@ -32,7 +32,7 @@ calibration.Calibration.__init__.__kwdefaults__.update(fit=4, held_out=3)
 
 # how epochs are planned has tests of its own
 job.make_plan = lambda *given: Plan(
-    supernet_epochs=4, trials=12, population=6, finalists=1, final_epochs=4
+    supernet_epochs=3, trials=12, population=6, finalists=1, final_epochs=4
 )
 
 
@@ -42,7 +42,7 @@ def task():
 
 def family(shape, classes):
     return esp.nets.MobileNet(
-        shape, classes, 8, stem=8, widths=((8, 16), (16, 24), (32,)), depth=(1, 2), kernel=3,
+        shape, classes, 8, stem=8, widths=((8, 16), 16, 32), depth=(1, 2), kernel=3,
         expansion=(2, 3), head=64,
     )
 """

@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from espalier.flows.importances import importances
 from espalier.flows.progress import Silent
 from espalier.flows.rivals import rivals
 from espalier.flows.shrink_identity import settings_of
-from espalier.flows.shrinking import LATENCY
+from espalier.flows.shrinking import LATENCY, Shrinking
 from espalier.flows.shrunk import best_first
 from espalier.flows.shrunk_result import _decided_by
 from espalier.flows.solving import chosen, known_names
@@ -217,7 +218,7 @@ def test_a_limit_on_time_is_shared_by_three(
         trains=True,
         untuned=[],
         resting={},
-        validation_seconds=0.0,
+        reading=lambda networks, closed: 0.0,
         task=SimpleNamespace(size=lambda split: 100),
         left=lambda: None if seconds is None else 8.0 + seconds,
     )
@@ -249,7 +250,7 @@ def test_a_second_answer_has_the_time_that_is_left_or_a_quarter_of_the_first(
         untuned=[],
         resting={},
         left=lambda: left,
-        validation_seconds=0.0,
+        reading=lambda networks, closed: 0.0,
         task=task,
     )
     repairing.repair_all(job, {"shrunk": Number(id="a")}, again=True)
@@ -570,6 +571,7 @@ def fake_job(factor: float, noise: dict[int, float] | None = None) -> Any:
         budget=SearchBudget(),
         trains=True,
         left=lambda: None,
+        affords=lambda networks: True,
         show=Silent(),
         keeps=lambda readings: readings[LATENCY].value <= 50,
     )
@@ -653,18 +655,30 @@ def test_where_another_limit_binds_the_bound_on_latency_is_not_raised_again_and_
 def test_time_to_read_splits_is_kept_free() -> None:
     sizes = {"validation": 500, "test": 1000}
     job: Any = SimpleNamespace(
-        left=lambda: 208.0, validation_seconds=2.0, task=SimpleNamespace(size=sizes.get)
-    )
-    # the original reads test in 4 s, four networks in half of that; one is only mended: two passes of 1 s
-    assert repairing._share(job, 4) == pytest.approx((208 - 8 - 4 - 4 * 2 - 2 * 1) / 3)
+        left=lambda: 208.0, validation_seconds=2.0, task=SimpleNamespace(size=sizes.get),
+        budget=SearchBudget(seconds=300.0), trains=True,
+    )  # fmt: skip
+    job.reading = partial(Shrinking.reading, job)
+    # the original reads test in 4 s, four networks in half of that; one is only mended: three passes of 1 s
+    assert repairing._share(job, 4, 0.0) == pytest.approx((208 - 8 - 4 - 4 * 2 - 3 * 1) / 3)
+    deciding = Shrinking.deciding.fget
+    assert deciding(job) == pytest.approx(300 - 8 - 4 - 2 - 3)
+    assert Shrinking.affords(job, 4)
     job.validation_seconds = 100.0
-    assert repairing._share(job, 4) == pytest.approx((208 * 3 / 4 - 8) / 3)
+    assert repairing._share(job, 4, 0.0) == pytest.approx((208 * 0.4 - 8) / 3)
+    assert deciding(job) == 150
+    assert not Shrinking.affords(job, 1)
+    # 24 s for the original, 30 s a network; a fifth of the time to train
+    job.validation_seconds = 12.0
+    assert [Shrinking.affords(job, n) for n in range(1, 6)] == [True, True, True, False, False]
 
 
 def test_rivals_are_not_looked_for_when_the_time_is_spent() -> None:
     job = fake_job(1.0)
-    job.left, job.family.cuts = lambda: -1.0, ()
+    job.family.cuts, job.study.notes = (), []
+    job.affords = lambda networks: False
     assert rivals(job) == {}
+    assert len(job.study.notes) == 2
 
 
 def test_masks_learn_within_what_the_table_says_of_the_limits(
@@ -845,7 +859,8 @@ def test_a_repair_that_rested_learns_as_long_as_the_others(monkeypatch: pytest.M
     study = SimpleNamespace(once=lambda key, compute: compute(), folder=Path())
     answer, rival = Number(id="a"), Number(id="b")
     job: Any = SimpleNamespace(
-        study=study, trains=True, repair=False, untuned=[], resting={}, validation_seconds=0.0,
+        study=study, trains=True, repair=False, untuned=[], resting={},
+        reading=lambda networks, closed: 0.0,
         task=SimpleNamespace(size=lambda split: 100), show=Silent(), left=lambda: 68.0,
         family=SimpleNamespace(build=lambda c: nn.Identity(), original=None),
     )  # fmt: skip

@@ -16,17 +16,14 @@ from espalier import train
 from espalier.compress import repair
 from espalier.compress.ranges import calibrate
 from espalier.flows.finals import Entry, whole_entry
-from espalier.flows.shrinking import Shrinking
+from espalier.flows.shrinking import LAST_SECONDS, Shrinking
 from espalier.flows.weights import derive, save_weights, trained_network, weights_path
 from espalier.problem import Reading
 from espalier.space import Candidate
 from espalier.train.evaluate import calibration
 
 START, LATER = "repaired", "repaired again"  # the latter trains what was only mended before
-_LAST_SECONDS = 8.0  # export and report, after everything else
-_READ = 0.25  # of the time that is left, at most, is kept free for passes that only read
-_CUT = 0.5  # what such a pass takes of the original's: it is of a smaller network, and the first was cold
-_CLOSED = 2  # passes over validation of what is only mended
+_READ = 0.6  # of the time that is left, at most, is kept free for passes that only read
 _EXAMPLES = 512  # of least squares
 _TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
 _LEAST = 1.0  # seconds of repair for each network, however little is left
@@ -111,15 +108,9 @@ def _share(job: Shrinking, count: int, paid: float, least: float = 0.0) -> float
     left = job.left()
     if left is None:
         return None
-    ready = left - _LAST_SECONDS - min(_passes(job, count), _READ * max(left, 0.0))
+    reads = job.reading(count, max(count - _TUNED, 0))
+    ready = left - LAST_SECONDS - min(reads, _READ * max(left, 0.0))
     return max((ready + paid) / min(count, _TUNED), least, _LEAST)
-
-
-def _passes(job: Shrinking, count: int) -> float:
-    """Seconds that reading the test split takes, and validation of those that are not fine-tuned."""
-    test = job.task.size("test") / max(job.task.size("validation"), 1)
-    cut = _CUT * (count * test + _CLOSED * max(count - _TUNED, 0))
-    return job.validation_seconds * (test + cut)
 
 
 def repaired(

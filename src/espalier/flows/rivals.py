@@ -29,13 +29,15 @@ _FILLED = 0.85  # random candidates that leave more of the budget unused are not
 
 def rivals(job: Shrinking) -> dict[str, Candidate]:
     """Name to candidate; one that can't keep the limits as measured is left out."""
-    out = {}
+    out: dict[str, Candidate] = {}
     ways = {"uniform": uniform, "random": by_chance}
     if any(isinstance(cut, BoundWidths) for cut in job.family.cuts):
         ways = {"uniform width": uniform, "global threshold": thresholded, "random": by_chance}
     for name, make in ways.items():
-        if (left := job.left()) is not None and left <= 0:
-            job.show.note(f"baseline {name} is left out: the time is spent")
+        if not job.affords(2 + len(out)):
+            text = f"baseline {name} is left out: its repair and test would take the answer's time"
+            job.show.note(text)
+            job.study.notes.append(text)
             continue
         try:
             out[name] = fitted(job, name, make(job))

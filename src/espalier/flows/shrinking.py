@@ -40,6 +40,12 @@ LATENCY, STORED = "latency_ms", "stored_bytes"
 _TABLE, _PROFILE = 0.25, 0.25
 _LEAST_IMAGES, _MOST_IMAGES = 64, 1024
 _SENSED = 1.2 * _PROFILE  # of the time: then options between others are not measured
+LAST_SECONDS = 8.0  # export and report, after everything else
+_CUT = (
+    0.5  # what a pass takes of the original's: it is of a smaller network, and the first was cold
+)
+_CLOSED = 3  # passes over validation that closed forms take
+_REPAIR = 0.2  # of the time is left for fine-tuning, or a baseline is left out
 _ORIGINAL_TIMES = 3
 _UNSURE = 0.05  # spread of a ratio, as a share of it, that makes it one of a busy machine
 
@@ -110,6 +116,29 @@ class Shrinking(Measuring):
     def left(self) -> float | None:
         """Seconds until the budget is spent; None without a limit on time."""
         return None if self.budget.seconds is None else self.budget.seconds - self.spent()
+
+    def reading(self, networks: int, closed: int) -> float:
+        """Seconds of what only reads: the test of the original and of so many smaller networks, and
+        the closed forms of so many of them."""
+        test = self.task.size("test") / max(self.task.size("validation"), 1)
+        return self.validation_seconds * (test + _CUT * (networks * test + closed * _CLOSED))
+
+    @property
+    def deciding(self) -> float | None:
+        """Seconds of the budget that tables and sensitivities have shares of: what reading leaves,
+        half of it at least. None without a limit on time."""
+        if self.budget.seconds is None:
+            return None
+        left = self.budget.seconds - LAST_SECONDS - self.reading(1, 1)
+        return max(left, 0.5 * self.budget.seconds)
+
+    def affords(self, networks: int) -> bool:
+        """Whether the time that is left is enough to read so many networks and to train."""
+        left = self.left()
+        if left is None or self.budget.seconds is None:
+            return True
+        training = _REPAIR * self.budget.seconds if self.trains else 0.0
+        return left - LAST_SECONDS - self.reading(networks, networks) > training
 
     @property
     def trains(self) -> bool:
@@ -221,7 +250,7 @@ class Shrinking(Measuring):
         if not any(x.metric == LATENCY for x in self.limits):
             return
         fresh = PredictedLatency(self.family, self.runtime)
-        seconds = math.inf if self.budget.seconds is None else _TABLE * self.budget.seconds
+        seconds = math.inf if self.deciding is None else _TABLE * self.deciding
         self.show.phase("calibrating latency on this machine", 1)
         table = self.once(
             "latency table",
@@ -247,14 +276,14 @@ class Shrinking(Measuring):
 
     def _images(self) -> int:
         most = min(_MOST_IMAGES, self.task.size("train"))
-        if self.budget.seconds is None:
+        if self.deciding is None:
             return min(512, most)
         trial = self.judging(_LEAST_IMAGES)
         trial.harm([self.smallest()])  # reads the data
         started = time.perf_counter()
         trial.harm([self.family.original])
         seconds = time.perf_counter() - started
-        affordable = _PROFILE * self.budget.seconds / max(self.options, 1)
+        affordable = _PROFILE * self.deciding / max(self.options, 1)
         return int(np.clip(_LEAST_IMAGES * affordable / seconds, min(_LEAST_IMAGES, most), most))
 
     @property
@@ -270,9 +299,9 @@ class Shrinking(Measuring):
 
         def hurried(name: str) -> bool:
             # of widths alone: fewer bits and other patterns of zeros do not harm by the square of the way
-            if self.budget.seconds is None or not name.startswith(PREFIX):
+            if self.deciding is None or not name.startswith(PREFIX):
                 return False
-            spent = time.monotonic() - began > _SENSED * self.budget.seconds
+            spent = time.monotonic() - began > _SENSED * self.deciding
             return bool(self.once(f"hurried/{name}", lambda: spent))
 
         found = profile(
