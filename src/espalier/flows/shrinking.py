@@ -38,7 +38,7 @@ from espalier.train import Recipe
 LATENCY, STORED = "latency_ms", "stored_bytes"
 # Shares of the whole time; repair has what is left.
 _TABLE, _PROFILE = 0.25, 0.25
-_LEAST_IMAGES, _MOST_IMAGES = 64, 1024
+_LEAST_IMAGES, _MOST_IMAGES = 16, 1024  # the least that tell something, where time is short
 _SENSED = 1.2 * _PROFILE  # of the time: then options between others are not measured
 LAST_SECONDS = 8.0  # export and report, after everything else
 _CUT = (
