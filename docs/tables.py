@@ -261,6 +261,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "supernet_speed": ("supernet_speed.json", supernet_speed),
     "relax_quality": ("relax_quality.json", relax_quality),
     "shrink_vs_peers": ("shrink_vs_peers.json", shrink_vs_peers),
+    "shrink_mix": ("shrink_mix.json", shrink_vs_peers),
     "language_vs_peers": ("language_vs_peers.json", language_vs_peers),
     "language_kv": ("language_kv.json", language_kv),
     "recipes": ("", recipes),
