@@ -48,7 +48,7 @@ def tiny_search(out: Path, **changes: Any) -> esp.Found:
 def small_family(shape: tuple[int, ...], classes: int) -> esp.Family:
     """A MobileNet with few options: its latency table takes a second or two."""
     return esp.nets.MobileNet(
-        shape, classes, 8, stem=8, widths=((8, 16), (16, 24), 32), depth=(1, 2),
+        shape, classes, 8, stem=8, widths=((8, 16), (16, 24), (32, 48)), depth=(1, 2),
         kernel=3, expansion=(2, 3), head=64,
     )  # fmt: skip
 
