@@ -230,7 +230,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, most: int) -> Te
     """What `torch.fake_quantize_per_tensor_affine` gives, of finite float32 to the bit, for levels 0
     to `most`.
 
-    On the processor that one takes about five times as long: it is not vectorised.
+    On the processor that one takes about five times as long for a batch: it is not vectorised. See
+    benchmarks/rounding_speed.py.
     """
     if x.device.type != "cpu":
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, most)
