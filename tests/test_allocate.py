@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -372,6 +374,49 @@ def test_a_hurried_profile_measures_the_furthest_first_and_draws_what_lies_betwe
         assert ours.values == pytest.approx(theirs.values)
     assert steps[-1][0] == steps[-1][1]
     assert Profile.from_json(json.loads(json.dumps(found.to_json()))).drawn == ("a",)
+
+
+def test_what_there_is_no_time_to_measure_is_guessed_by_what_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Wide(Told):
+        """Harm is three times the guess, and in one case ten times."""
+
+        space = Space([ordinal(name, 1, 3, 5) for name in "abcde"] + [choice("f", "x", "y")])
+        guess: ClassVar = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "f": 9.0}
+        alone = tuple(
+            Factor((n,), np.array([factor * told, 0.0, 0.0]))
+            for n, told, factor in zip("abcde", (1, 2, 3, 4, 5), (3, 10, 3, 3, 3), strict=True)
+        )
+
+    module = importlib.import_module("espalier.solvers.allocate.profile")
+    monkeypatch.setattr(module, "_LEAST", 3)
+    family, asked = Wide(), list[str]()
+
+    def late(name: str) -> bool:
+        asked.append(name)
+        return True
+
+    def never(name: str) -> bool:
+        return False
+
+    found = profile(family, family.harm, hurried=never, late=late, guess=Wide.guess)
+    first = [name for name in "abcde" if name not in found.guessed]
+    assert found.guessed == tuple(sorted(asked))
+    assert len(first) in (3, 4)  # `e` has no guess
+    assert "e" in first
+    for factor in found.factors:
+        name = factor.name
+        if name in found.guessed:
+            # a third of the way is a quarter of the harm: the half of it, squared
+            full = 3 * Wide.guess[name]
+            assert factor.values == pytest.approx([full, full / 4, 0.0])
+        elif name != "f":
+            assert factor.values[0] == Wide.alone["abcde".index(name)].values[0]
+    assert Profile.from_json(json.loads(json.dumps(found.to_json()))).guessed == found.guessed
+    every = profile(family, family.harm, hurried=never, late=never, guess=Wide.guess)
+    assert every.guessed == ()
+    assert every.factors[1].values == pytest.approx(Wide.alone[1].values)
 
 
 def test_noise_of_a_profile_is_smoothed_along_ordered_options_only() -> None:

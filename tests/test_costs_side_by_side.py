@@ -53,6 +53,11 @@ def test_hiccups_are_outvoted_and_take_more_rounds() -> None:
     assert 3 < rounds <= 9
 
 
+def test_slow_models_have_the_least_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("espalier.costs.side_by_side._LONG", 0.0)
+    assert told(Drifting(drift=1.0, hiccup=5))[1] == 3
+
+
 def test_every_round_times_every_model_in_an_order_of_its_own() -> None:
     runtime = Drifting(drift=1.0)
     found = interleaved(runtime, (b"small", b"large"), X, rounds=8, seed=1)  # type: ignore[arg-type]

@@ -219,6 +219,7 @@ def test_a_limit_on_time_is_shared_by_three(
         untuned=[],
         resting={},
         reading=lambda networks, closed: 0.0,
+        last_seconds=8.0,
         task=SimpleNamespace(size=lambda split: 100),
         left=lambda: None if seconds is None else 8.0 + seconds,
     )
@@ -251,6 +252,7 @@ def test_a_second_answer_has_the_time_that_is_left_or_a_quarter_of_the_first(
         resting={},
         left=lambda: left,
         reading=lambda networks, closed: 0.0,
+        last_seconds=8.0,
         task=task,
     )
     repairing.repair_all(job, {"shrunk": Number(id="a")}, again=True)
@@ -656,7 +658,7 @@ def test_time_to_read_splits_is_kept_free() -> None:
     sizes = {"validation": 500, "test": 1000}
     job: Any = SimpleNamespace(
         left=lambda: 208.0, validation_seconds=2.0, task=SimpleNamespace(size=sizes.get),
-        budget=SearchBudget(seconds=300.0), trains=True,
+        budget=SearchBudget(seconds=300.0), trains=True, last_seconds=8.0,
     )  # fmt: skip
     job.reading = partial(Shrinking.reading, job)
     # the original reads test in 4 s, four networks in half of that; one is only mended: three passes of 1 s
@@ -671,6 +673,20 @@ def test_time_to_read_splits_is_kept_free() -> None:
     # 24 s for the original, 30 s a network; a fifth of the time to train
     job.validation_seconds = 12.0
     assert [Shrinking.affords(job, n) for n in range(1, 6)] == [True, True, True, False, False]
+
+
+def test_images_are_as_many_as_their_share_of_the_time_takes() -> None:
+    sizes = {"validation": 100}
+    job: Any = SimpleNamespace(
+        validation_seconds=10.0, task=SimpleNamespace(size=sizes.get), deciding=200.0
+    )
+    # three passes take 0.3 s an image, of 16 s
+    assert Shrinking.affordable(job, 0.08, 3.0, 512) == 53
+    assert Shrinking.affordable(job, 0.08, 3.0, 40) == 40
+    job.deciding = 1.0
+    assert Shrinking.affordable(job, 0.08, 3.0, 512) == 16
+    job.deciding = None
+    assert Shrinking.affordable(job, 0.08, 3.0, 512) == 512
 
 
 def test_rivals_are_not_looked_for_when_the_time_is_spent() -> None:
@@ -698,6 +714,35 @@ def test_masks_learn_within_what_the_table_says_of_the_limits(
     with pytest.raises(KeyboardInterrupt):
         gating.relaxing(job, "relax")
     assert [x.bound for x in asked] == [25.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epochs", "images"),
+    # a pass over 640 images is 10 steps and takes 1 s, masks twice as long; they have 0.3 of the time
+    [(1e9, 10, 640), (40.0, 6, 640), (6.0, 1, 576), (1.0, 1, 512), (None, 10, 640)],
+)
+def test_masks_learn_on_a_part_of_train_where_a_pass_takes_too_long(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float | None,
+    epochs: int,
+    images: int,
+) -> None:
+    job, told = fake_job(1.0), list[Any]()
+
+    def prune(family: Any, task: Any, limits: Any, **settings: Any) -> Any:
+        told.append((settings["settings"].epochs, task.size("train")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gating, "timed_second", lambda work, threads: 0.4)
+    monkeypatch.setitem(gating.METHODS, "relax", gating.Method(prune, 2.0))
+    job.study = SimpleNamespace(folder=tmp_path, once=lambda key, compute: compute())
+    task = esp.tasks.images("digits", train=640, validation=32, test=32)
+    job.task, job.seed, job.family.model = task, 0, nn.Identity()
+    job.budget = SearchBudget(seconds=seconds)
+    with pytest.raises(KeyboardInterrupt):
+        gating.relaxing(job, "relax")
+    assert told == [(epochs, images)]
 
 
 def test_cuts_with_other_scores_are_other_cuts() -> None:
@@ -860,7 +905,7 @@ def test_a_repair_that_rested_learns_as_long_as_the_others(monkeypatch: pytest.M
     answer, rival = Number(id="a"), Number(id="b")
     job: Any = SimpleNamespace(
         study=study, trains=True, repair=False, untuned=[], resting={},
-        reading=lambda networks, closed: 0.0,
+        reading=lambda networks, closed: 0.0, last_seconds=8.0,
         task=SimpleNamespace(size=lambda split: 100), show=Silent(), left=lambda: 68.0,
         family=SimpleNamespace(build=lambda c: nn.Identity(), original=None),
     )  # fmt: skip

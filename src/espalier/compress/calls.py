@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from espalier.costs.record import macs_of
+from espalier.costs.shapes_alone import AsOnProcessor, called
+from espalier.costs.storages import storage_of, storages_of
 from espalier.errors import EspalierError
 from espalier.export import deployed
 from espalier.export.modes import plain_attention
@@ -93,8 +95,9 @@ def follow(model: nn.Module, example: Tensor, steps: bool = True) -> Pass:
     """
     follower = _Follower(model)
     try:
-        mode = follower if steps else nullcontext()
-        with plain_attention(), deployed(model), follower.listening(model), mode:
+        mode = follower if steps or example.is_meta else nullcontext()
+        attention = AsOnProcessor() if example.is_meta else nullcontext()
+        with plain_attention(), deployed(model), follower.listening(model), attention, mode:
             follower.run.output = model(example)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -111,9 +114,8 @@ class _Follower(TorchDispatchMode):
         self.run = Pass()
         self._stack: list[int] = []
         self._alive: list[Tensor] = []  # held, so that no storage's address is used twice
-        self._states: dict[int, int] = {}
-        state = (*model.parameters(), *model.buffers())
-        self._weights = {t.untyped_storage().data_ptr() for t in state}
+        self._states: dict[int | None, int] = {}
+        self._weights = storages_of((*model.parameters(), *model.buffers()))
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
@@ -149,8 +151,8 @@ class _Follower(TorchDispatchMode):
             call.made, call.out_shape = self._value(tensors[0]), tuple(tensors[0].shape)
 
     def _value(self, tensor: Tensor) -> Value | None:
-        place = tensor.untyped_storage().data_ptr()
-        if place == 0 or place in self._weights:
+        place = storage_of(tensor)
+        if place is None or place in self._weights:
             return None
         if place not in self._states:
             self._states[place] = 0
@@ -162,13 +164,13 @@ class _Follower(TorchDispatchMode):
     ) -> Any:
         read = _tensors((args, kwargs or {}))
         values = [self._value(t) for t in read]
-        out = func(*args, **(kwargs or {}))
+        out = called(func, args, kwargs or {})
         made = _tensors(out)
         if not made:
             return out
         if func._schema.is_mutable:
             for tensor in made:
-                place = tensor.untyped_storage().data_ptr()
+                place = storage_of(tensor)
                 if place in self._states:
                     self._states[place] += 1
         new = self._value(made[0])

@@ -114,8 +114,9 @@ class Pretrained(Family):
         """
         return self._cut(self._space.candidate(candidate))
 
-    def _cut(self, choices: Mapping[str, Option]) -> nn.Module:
-        network = copy.deepcopy(self.model)
+    def _cut(self, choices: Mapping[str, Option], model: nn.Module | None = None) -> nn.Module:
+        """The model, or its outline, cut by choices."""
+        network = copy.deepcopy(self.model if model is None else model)
         for cut in self.cuts:
             own = {d.name: choices.get(d.name, d.options[-1]) for d in cut.decisions}
             if any(own[d.name] != d.options[-1] for d in cut.decisions):
@@ -141,6 +142,10 @@ class Pretrained(Family):
     def unit(self, name: str, candidate: Mapping[str, Option]) -> tuple[nn.Module, Any] | None:
         """One piece under a candidate and its input's shape; None where it does not run."""
         return self._pieces().unit(name, candidate)
+
+    def outline(self, name: str, candidate: Mapping[str, Option]) -> tuple[nn.Module, Any] | None:
+        """The same for what asks for shapes alone: where that will do, on torch's meta device."""
+        return self._pieces().unit(name, candidate, bare=True)
 
     def _pieces(self) -> Units:
         if self._units is None:

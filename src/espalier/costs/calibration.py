@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from espalier.costs.table import Table
 
 Array = NDArray[np.float64]
 Codes = NDArray[Any]
-_LEAST, _FEW = 24, 5  # pieces, and networks of each kind, measured however little time there is
+_LEAST, _FEW = 24, 3  # pieces, and networks of each kind, measured however little time there is
+_LOOKS, _SHORTEST = 3, 0.05  # timings a piece; seconds of one, at least
 _PIECES = 0.7  # of the time, for pieces
 _CERTAIN = 0.005  # relative deviations below are squared, as by least squares
 
@@ -51,7 +53,6 @@ class Calibration:
         self._limit, self._fit, self._held = limit, fit, held_out
         self._pieces_end = time.perf_counter() + _PIECES * seconds
         self._progress = progress or (lambda done, total, text: None)
-        self._watch = Stopwatch(runtime)
 
     def run(self) -> Table:
         """Everything, in the order: pieces, whole networks to fit, whole networks held out."""
@@ -61,6 +62,7 @@ class Calibration:
         met = self._met(rows)
         chosen = self._stratified(met)
         total = len(chosen) + self._fit + self._held
+        self._watch = Stopwatch(self._quickened(len(chosen)))
         times = self._measure_pieces(chosen, total)
         work = np.array([met[key].work for key in times])
         filler, tried = "", dict[str, float]()
@@ -89,6 +91,13 @@ class Calibration:
         )
 
     # --- what to measure -----------------------------------------------------------------------
+
+    def _quickened(self, pieces: int) -> OnnxRuntime:
+        """The runtime with shorter looks, where there is no time for long ones at so many pieces: many
+        pieces that are known roughly tell more of a network than a few that are known well."""
+        left = self._pieces_end - time.perf_counter()
+        look = max(left / max(_LOOKS * pieces, 1), _SHORTEST)
+        return replace(self._runtime, seconds=min(self._runtime.seconds, look))
 
     def _survey(self) -> Codes:
         space = self._pieces.space

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from espalier.costs.record import Record, record
+from espalier.costs.storages import storage_of
 from espalier.export.quantisers import Quantised, Quantiser
 
 
@@ -59,7 +60,7 @@ def weight_bytes(network: nn.Module) -> int:
     for name, tensor in network.state_dict().items():
         if name in whole:
             continue
-        place = (tensor.untyped_storage().data_ptr(), tuple(tensor.shape), tensor.storage_offset())
+        place = (storage_of(tensor), tuple(tensor.shape), tensor.storage_offset())
         if tensor.numel() and place not in seen:
             seen.add(place)
             total += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())

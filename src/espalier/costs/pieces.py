@@ -174,13 +174,16 @@ def unseeded() -> Iterator[None]:
 
 
 def _piece(module: nn.Module, x: Tensor, candidate: Candidate, unit: str) -> Piece:
-    # what stays alive beside it (a shortcut), where the family knows: see `UnitFamily`
-    beside = int(getattr(module, "beside_bytes", 0))
     module, x = unfolded(module, x)
     run = record(module, x)
-    count = counted(module, run)
-    count = replace(count, activation_bytes=count.activation_bytes + beside)
-    return Piece(fingerprint(run), count, tuple(features(run)), candidate, unit)
+    return Piece(fingerprint(run), counted(module, run), tuple(features(run)), candidate, unit)
+
+
+def _beside(piece: Piece, module: nn.Module) -> Piece:
+    """The piece with what stays alive beside it (a shortcut), where the family knows: see
+    `UnitFamily`."""
+    count, more = piece.count, int(getattr(module, "beside_bytes", 0))
+    return replace(piece, count=replace(count, activation_bytes=count.activation_bytes + more))
 
 
 _TOLD = {"conv", "linear", "batchnorm", "normalization", "activation", "pooling", "dropout"}
@@ -190,7 +193,6 @@ _TOLD |= {"container", "flatten"}
 def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     """What decides the counts and work of torch's plain layers, chained or traced, without running
     them."""
-    beside = getattr(module, "beside_bytes", 0)
     module, x = unfolded(module, x)
     if isinstance(module, Turn):
         return "turn", tuple(x.shape), x.dtype
@@ -208,7 +210,7 @@ def _signature(module: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     state = {**module.state_dict(), **dict(module.named_buffers())}  # borrowed weights among them
     weights = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     held = tuple((name, tuple(t.shape), t.dtype) for name, t in state.items())
-    return code, repr(module), weights, held, tuple(x.shape), x.dtype, beside
+    return code, repr(module), weights, held, tuple(x.shape), x.dtype
 
 
 def _plainly(traced: fx.GraphModule) -> bool:
@@ -288,7 +290,7 @@ class _Units(Pieces):
 
     def _running(self, row: Codes) -> dict[str, bool]:
         candidate = self.space.decode(row)[0]
-        return {u.name: self._unit(u.name, candidate) is not None for u in self.units}
+        return {u.name: self._outline(u.name, candidate) is not None for u in self.units}
 
     def parts(self, codes: Codes) -> Iterator[Part]:
         codes = self.space.canonical(codes)
@@ -298,8 +300,7 @@ class _Units(Pieces):
             first, inverse = distinct(codes[rows], columns)
             pieces: list[Piece] = []
             place = np.full(len(first), -1, dtype=np.int64)
-            for i, row in enumerate(rows[first]):
-                piece = self._look_up(unit, codes[row : row + 1], columns)
+            for i, piece in enumerate(self._look_up(unit, codes[rows[first]], columns)):
                 if piece is not None:
                     place[i] = len(pieces)
                     pieces.append(piece)
@@ -324,33 +325,52 @@ class _Units(Pieces):
             key = (unit.name, *codes[row, columns].tolist())
             if key not in self._runs:
                 candidate = self.space.decode(codes[row : row + 1])[0]
-                self._runs[key] = self._unit(unit.name, candidate) is not None
+                self._runs[key] = self._outline(unit.name, candidate) is not None
             answers[i] = self._runs[key]
         return answers[inverse]
 
-    def _look_up(self, unit: UnitLike, row: Codes, columns: list[int]) -> Piece | None:
-        key = (unit.name, *row[0, columns].tolist())
-        if key not in self._found:
-            candidate = self.space.decode(row)[0]
-            made = self._unit(unit.name, candidate)
-            self._found[key] = made and self._piece(*made, candidate, unit.name)
-        return self._found[key]
+    def _look_up(self, unit: UnitLike, rows: Codes, columns: list[int]) -> list[Piece | None]:
+        keys = [(unit.name, *row) for row in rows[:, columns].tolist()]
+        new = [i for i, key in enumerate(keys) if key not in self._found]
+        for i, candidate in zip(new, self.space.decode(rows[new]), strict=True):
+            made = self._outline(unit.name, candidate)
+            self._found[keys[i]] = made and self._piece(*made, candidate, unit.name)
+        return [self._found[key] for key in keys]
 
     def _piece(
         self, module: nn.Module, shape: tuple[int, ...], candidate: Candidate, unit: str
     ) -> Piece:
-        x = self.input(shape, module)
+        x = self._example_of(module, shape)
         signature = _signature(module, x)
         if signature is None:
-            return _piece(module, x, candidate, unit)
+            if x.is_meta:
+                whole = self._unit(unit, candidate)
+                assert whole is not None  # it is there without values
+                module, x = whole[0], self.input(whole[1], whole[0])
+            return _beside(_piece(module, x, candidate, unit), module)
         if signature not in self._alike:
             self._alike[signature] = _piece(module, x, candidate, unit)
-        return replace(self._alike[signature], candidate=candidate, unit=unit)
+        known = replace(self._alike[signature], candidate=candidate, unit=unit)
+        return _beside(known, module)
+
+    def _example_of(self, module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+        """An input of a piece, without values where the piece has none."""
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            return torch.empty(1, *shape, device="meta")
+        return self.input(shape, module)
 
     def make(self, piece: Piece) -> tuple[nn.Module, Tensor]:
         made = self._unit(piece.unit, piece.candidate)
         assert made is not None  # it was there when the piece was met
         return made[0], self.input(made[1], made[0])
+
+    def _outline(self, name: str, candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]] | None:
+        """A unit for what only asks for shapes, where the family has that: quick to get."""
+        if not hasattr(self.family, "outline"):
+            return self._unit(name, candidate)
+        with unseeded():
+            found: tuple[nn.Module, tuple[int, ...]] | None = self.family.outline(name, candidate)
+            return found
 
     def _unit(self, name: str, candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]] | None:
         with unseeded():

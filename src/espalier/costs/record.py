@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from espalier.costs.shapes_alone import called
+from espalier.costs.storages import storage_of, storages_of
 from espalier.errors import ExportError
 from espalier.export import deployed
 from espalier.export.quantisers import Quantised, Quantiser
@@ -100,9 +102,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record = Record()
         self._alive: list[Tensor] = []  # held, so that no storage's address is used twice
         self._numbers: dict[int, int] = {}
-        self._weights = {
-            t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())
-        }
+        self._weights = storages_of((*network.parameters(), *network.buffers()))
         self._layer = -1
         self.record.inputs = self._storages([example])
 
@@ -137,10 +137,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = called(func, args, kwargs or {})
         read, made = _tensors((args, kwargs)), _tensors(out)
         if self._of_weights(read):
-            self._weights.update(t.untyped_storage().data_ptr() for t in made)
+            self._weights |= storages_of(made)
             self._alive += made
         elif func.overloadpacket.__name__.startswith(ROUNDING):
             made = self._rounded(read[0], made[0])
@@ -163,28 +163,27 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _of_weights(self, read: list[Tensor]) -> bool:
         """Whether a quantised layer works on its weight: a deployed one holds the outcome."""
         inside = self._layer >= 0 and isinstance(self.record.layers[self._layer].module, Quantised)
-        places = (t.untyped_storage().data_ptr() for t in read)
-        return inside and all(place in self._weights for place in places)
+        return inside and all(storage_of(t) in self._weights for t in read)
 
     def _rounded(self, x: Tensor, made: Tensor) -> list[Tensor]:
         """A rounded tensor takes the place of what was rounded: it is not kept beside it."""
-        new = made.untyped_storage().data_ptr()
+        new = storage_of(made)
         for number in self._storages([x]):
-            self._numbers[new] = number
+            if new is not None:
+                self._numbers[new] = number
             self._alive.append(made)
         return [made]
 
     def _storages(self, tensors: list[Tensor]) -> tuple[int, ...]:
         found = []
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            place = storage.data_ptr()
-            if place == 0 or place in self._weights:
+            place = storage_of(tensor)
+            if place is None or place in self._weights:
                 continue
             if place not in self._numbers:
                 self._numbers[place] = len(self._numbers)
                 self._alive.append(tensor)
-                self.record.sizes[self._numbers[place]] = storage.nbytes()
+                self.record.sizes[self._numbers[place]] = tensor.untyped_storage().nbytes()
             found.append(self._numbers[place])
         return tuple(dict.fromkeys(found))
 
@@ -193,6 +192,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.record
 
 
+_WHERE = "cpu"
 ROUNDING = ("fake_quantize", "_fake_quantize")  # how the names of operators that round begin
 
 
@@ -210,7 +210,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _settings(tree: Any) -> str:
     """What an operator takes besides tensors, as text: strides, paddings, constants."""
-    return " ".join("." if isinstance(x, Tensor) else str(x) for x in tree_leaves(tree))
+    return " ".join(_setting(leaf) for leaf in tree_leaves(tree))
+
+
+def _setting(leaf: Any) -> str:
+    if isinstance(leaf, torch.device):
+        return _WHERE  # what only has shapes is recorded as if it were there
+    return "." if isinstance(leaf, Tensor) else str(leaf)
 
 
 def _shape(tree: Any) -> Shape:

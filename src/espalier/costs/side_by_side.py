@@ -7,6 +7,7 @@ order drawn anew; a slow moment meets all of them, and the median over rounds pa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from espalier.costs.runtime import OnnxRuntime
 _SECONDS = 0.1  # of one timing, at most: many short looks beat a long one
 _LEAST, _MOST = 3, 9  # rounds
 _SURE = 0.02  # half of the quartiles' distance that ends the rounds
+_LONG = 6.0  # seconds after which the least rounds do
 _ORDER = 32  # purpose of the random stream
 
 
@@ -44,16 +46,19 @@ class Ratio:
 def ratio(runtime: OnnxRuntime, model: bytes | Path, reference: bytes, example: Tensor) -> Ratio:
     """How long a model (bytes or path) takes, as a share of a reference timed beside it, in 3 to 9 rounds.
 
-    `example` has the runtime's batch. Rounds end when the quartiles of the ratios agree within 2%.
+    `example` has the runtime's batch. Rounds end when the quartiles of the ratios agree within 2%,
+    or after 6 seconds.
     """
     short = replace(runtime, seconds=min(runtime.seconds, _SECONDS))
     rng, found = np.random.default_rng(_ORDER), list[float]()
+    began = time.perf_counter()
     for _ in range(_MOST):
         mine, other = _round(short, (model, reference), example, rng)
         found.append(mine / other)
         low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
         spread = float(high - low) / 2
-        if len(found) >= _LEAST and spread <= _SURE * middle:
+        sure = spread <= _SURE * middle or time.perf_counter() - began > _LONG
+        if len(found) >= _LEAST and sure:
             break
     return Ratio(float(middle), spread, len(found))
 

@@ -161,19 +161,19 @@ class _Fitting:
     def measured(self, candidate: Candidate, bound: float) -> float:
         if candidate not in self.times:
             # what was found over the limit after its repair is not chosen again
-            took = measured(self.job, candidate, self.wanted)
+            took = measured(self.job, candidate, self.wanted, not self.hurried())
             took = max(took, self.job.slower.get(candidate, 0.0))
             self.times[candidate] = took
             _note(self.job, self.name, candidate, bound, took, self.wanted)
         return self.times[candidate]
 
 
-def measured(job: Shrinking, candidate: Candidate, wanted: float) -> float:
-    """Milliseconds on the runtime; on a busy machine, and just within what is wanted, the middle of
-    several measurements."""
+def measured(job: Shrinking, candidate: Candidate, wanted: float, patient: bool = True) -> float:
+    """Milliseconds on the runtime; just within what is wanted, and if `patient` on a busy machine, the
+    middle of several measurements."""
     first = job.measured(candidate, None, "latency")
     busy = job.study.once(f"latency/{candidate.id}", dict).get("busy")
-    if not busy and not _JUST * wanted < first.value <= wanted:
+    if not (busy and patient) and not _JUST * wanted < first.value <= wanted:
         return first.value
     more = [job.measured(candidate, None, f"latency-{i}") for i in range(1, _LOOKS)]
     return float(np.median([first.value, *(r.value for r in more)]))

@@ -20,8 +20,10 @@ from espalier.solvers.allocate import Factor
 from espalier.solvers.prune import Pruned, bip, dsa, pas
 from espalier.solvers.prune.methods import SETTINGS
 from espalier.train import Recipe
+from espalier.train.halves import halves
 
 _SHARE = 0.3  # of the time, for masks that learn
+_LEAST_STEPS = 8  # however little time there is
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
     path = job.study.folder / "gates-scores.safetensors"
 
     def learn() -> dict[str, Any]:
-        epochs = int(job.study.once("gate epochs", lambda: _epochs(job, method.dearer)))
+        passes = float(job.study.once("gate epochs", lambda: _epochs(job, method.dearer)))
+        epochs, task = max(int(passes), 1), job.task
+        if passes < 1:  # of as much of train as there is time for
+            task = halves(task, passes, job.seed)[1]
         job.show.phase("masks learn which channels stay", epochs)
         found = method.prune(
             job.family,
-            job.task,
+            task,
             paced(job),
             priced=[job.predicted] if job.predicted else (),
             settings=replace(SETTINGS, epochs=epochs),
@@ -89,14 +94,19 @@ def relaxing(job: Shrinking, solver: str) -> Solve:
     return program_on(job, _distances(job, learned))
 
 
-def _epochs(job: Shrinking, dearer: float) -> int:
+def _epochs(job: Shrinking, dearer: float) -> float:
+    """Passes over train that masks have time for; less than one is a part of train."""
     if job.budget.seconds is None:
         return SETTINGS.epochs
     probe, few = copy.deepcopy(job.family.model), FewBatches(job.task, 4)
     recipe = Recipe(epochs=1, batch=SETTINGS.batch, lr=1e-4)
     steps = max(job.task.size("train") // SETTINGS.batch, 1)
     seconds = timed_second(lambda: train.fit(probe, few, recipe, 0), 1) * steps / min(4, steps)
-    return int(np.clip(_SHARE * job.budget.seconds / (dearer * seconds), 1, SETTINGS.epochs))
+    passes = _SHARE * job.budget.seconds / (dearer * seconds)
+    if passes >= 1:
+        return float(min(int(passes), SETTINGS.epochs))
+    least = min(_LEAST_STEPS / steps, 1.0)
+    return float(max(passes, least))
 
 
 def _distances(job: Shrinking, learned: Mapping[str, Any]) -> list[Factor]:

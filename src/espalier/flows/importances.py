@@ -13,20 +13,30 @@ from espalier.compress.widths import BoundWidths
 from espalier.tasks import Task
 from espalier.train.seeds import generator
 
-_BATCHES, _EACH = 8, 64  # of train, for the kinds that look at data
+MOST_IMAGES = 512  # of train, for the kinds that look at data
+_EACH = 64
+
+
+def asked_for(cuts: Sequence[Cut]) -> bool:
+    """Whether widths are to keep first what data says, not what their weights or their caller do."""
+    widths = [cut for cut in cuts if isinstance(cut, Widths)]
+    return any(cut.scores is None and cut.importance != "magnitude" for cut in widths)
 
 
 def importances(
-    family: Pretrained, cuts: Sequence[Cut], task: Task, seed: int
+    family: Pretrained, cuts: Sequence[Cut], task: Task, seed: int, images: int = MOST_IMAGES
 ) -> dict[str, Tensor]:
-    """The importance of every unit `(units,)`, by group: what was given, else what is read."""
+    """The importance of every unit `(units,)`, by group: what was given, else what is read, on so
+    many images of train in batches."""
+    each = min(_EACH, images)
     found: dict[str, Tensor] = {}
     for cut in cuts:
         if not isinstance(cut, Widths):
             continue
         for bound in family.cuts:
             if isinstance(bound, BoundWidths):
-                batches = itertools.islice(task.batches("train", _EACH, generator(seed)), _BATCHES)
-                found |= scores(family.model, bound.groups, cut.importance, batches, task.loss)
+                batches = task.batches("train", each, generator(seed))
+                few = itertools.islice(batches, images // each)
+                found |= scores(family.model, bound.groups, cut.importance, few, task.loss)
                 found |= {n: s for n, s in (cut.scores or {}).items() if n in bound.groups}
     return found

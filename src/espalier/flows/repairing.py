@@ -16,7 +16,7 @@ from espalier import train
 from espalier.compress import repair
 from espalier.compress.ranges import calibrate
 from espalier.flows.finals import Entry, whole_entry
-from espalier.flows.shrinking import LAST_SECONDS, Shrinking
+from espalier.flows.shrinking import Shrinking
 from espalier.flows.weights import derive, save_weights, trained_network, weights_path
 from espalier.problem import Reading
 from espalier.space import Candidate
@@ -24,7 +24,6 @@ from espalier.train.evaluate import calibration
 
 START, LATER = "repaired", "repaired again"  # the latter trains what was only mended before
 _READ = 0.6  # of the time that is left, at most, is kept free for passes that only read
-_EXAMPLES = 512  # of least squares
 _TUNED = 3  # networks that are fine-tuned where time is limited, the answer among them
 _LEAST = 1.0  # seconds of repair for each network, however little is left
 _AGAIN = 0.25  # of the first share, where a smaller network has to be repaired after all
@@ -109,7 +108,7 @@ def _share(job: Shrinking, count: int, paid: float, least: float = 0.0) -> float
     if left is None:
         return None
     reads = job.reading(count, max(count - _TUNED, 0))
-    ready = left - LAST_SECONDS - min(reads, _READ * max(left, 0.0))
+    ready = left - job.last_seconds - min(reads, _READ * max(left, 0.0))
     return max((ready + paid) / min(count, _TUNED), least, _LEAST)
 
 
@@ -198,12 +197,13 @@ class _Repair:
     # --- the stages ------------------------------------------------------------------------
 
     def statistics(self, network: nn.Module) -> None:
-        repair.recalibrate(network, self.job.task, 4)
-        calibrate(network, calibration(self.job.task, 1, _EXAMPLES, self.job.seed)[0])
+        # four batches, of 256 where time is no matter
+        repair.recalibrate(network, self.job.task, 4, max(self.job.examples // 2, 2))
+        calibrate(network, calibration(self.job.task, 1, self.job.examples, self.job.seed)[0])
 
     def least_squares(self, network: nn.Module) -> dict[str, Any]:
         """The original's outputs, layer by layer, on examples of train."""
-        example = calibration(self.job.task, 1, _EXAMPLES, self.job.seed)[0]
+        example = calibration(self.job.task, 1, self.job.examples, self.job.seed)[0]
         done = repair.reconstruct(
             network,
             self.job.family.model,

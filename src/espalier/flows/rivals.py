@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from espalier.compress.widths import PREFIX, BoundWidths
 from espalier.errors import BudgetError
 from espalier.flows.fitting import Solve, fitted
-from espalier.flows.importances import importances
 from espalier.flows.pricing import hand_scaled
 from espalier.flows.shrinking import Shrinking
 from espalier.problem import Limit, Problem
@@ -65,8 +64,8 @@ def thresholded(job: Shrinking) -> Solve:
     DepGraph, 2023); each width is the option nearest to what is above the threshold.
     """
     space = job.family.space
-    found = importances(job.family, job.cuts, job.task, job.seed)
-    even = {PREFIX + n: s / s.mean().clamp(min=1e-12) for n, s in found.items()}
+    found = job.importances.items()
+    even = {PREFIX + n: s / s.mean().clamp(min=1e-12) for n, s in found}
     every = torch.cat(list(even.values())).sort().values
     places = torch.linspace(0, len(every) - 1, min(_SHARES, len(every))).long()
     codes = np.repeat(space.corner(last=True), len(places), axis=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from espalier import tasks
-from espalier.compress import Cut, Pretrained, Widths
+from espalier.compress import Cut, Pretrained
 from espalier.compress.sparsity import StoredBytes
 from espalier.costs import Counts, OnnxRuntime, PredictedLatency
 from espalier.errors import BudgetError, EspalierError, NotInTimeError
@@ -20,7 +20,6 @@ from espalier.flows.decisions import make_cuts
 from espalier.flows.finals import ANSWER
 from espalier.flows.fitting import Solve, best_fitted
 from espalier.flows.given import ModelLike, given_model
-from espalier.flows.importances import importances
 from espalier.flows.measuring import begun, study_folder, withdraw
 from espalier.flows.pricing import check_names
 from espalier.flows.progress import Display, Silent
@@ -187,16 +186,10 @@ def pretrained(
     name: str = "model",
     seed: int = 0,
 ) -> Pretrained:
-    """The model as a family of what can be cut from it.
-
-    Ranges of activations, and which channels matter most, are read from training data.
-    """
+    """The model as a family of what can be cut from it; ranges of activations are read from training
+    data."""
     data = calibration(task, 1, _CALIBRATION, seed)[0]
-    family = Pretrained(module, example, cuts, name=name, calibration=data)
-    widths = [c for c in cuts if isinstance(c, Widths)]
-    if not any(c.scores is None and c.importance != "magnitude" for c in widths):
-        return family  # in the order that its cuts have
-    return family.with_scores(importances(family, cuts, task, seed))
+    return Pretrained(module, example, cuts, name=name, calibration=data)
 
 
 def _limits(within: Limits | Sequence[Limit], task: Task) -> tuple[Limit, ...]:

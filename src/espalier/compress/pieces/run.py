@@ -21,16 +21,20 @@ class Run:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model, self._example = model, example
+        self._whole: Pass | None = None
 
     @cached_property
     def _calls(self) -> dict[tuple[str, int], Call]:
-        return _by_turn(follow(self.model, self._example, steps=False))
+        if self._example.is_meta:  # where that costs nothing more
+            self.made()
+        run = self._whole or follow(self.model, self._example, steps=False)
+        return _by_turn(run)
 
     def made(self) -> list[Shape]:
         """The shapes of what every operation makes."""
-        whole = follow(self.model, self._example)
-        self._calls = _by_turn(whole)
-        return [step.out_shape for step in whole.steps]
+        if self._whole is None:
+            self._whole = follow(self.model, self._example)
+        return [step.out_shape for step in self._whole.steps]
 
     def call(self, piece: Piece) -> Call | None:
         """The call that a piece is."""

@@ -9,7 +9,7 @@ shape is looked up on a model built with the few decisions that change it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from espalier.compress.calls import Shape, follow
 from espalier.compress.cut import BoundCut
 from espalier.compress.pieces.beside import Beside
 from espalier.compress.pieces.divided import Division, Piece, joined, others, places_of, told
+from espalier.compress.pieces.outline import outline
 from espalier.compress.pieces.run import Run, batch_dims
 from espalier.compress.pieces.standing import (
     AsCalled,
@@ -37,6 +38,7 @@ from espalier.space import Decision, Option
 
 _VALUES = ("bits", "sparsity")  # kinds of cut that change no shape at all
 _SAME_SHAPES = ("depth", *_VALUES)  # kinds of cut that keep shapes between layers
+_BARE = ("width", "depth")  # kinds of cut that read no values where a layer is cut
 _KEPT, _ROOM = 16, 2e9  # models built to look at that are kept: so many, in so many bytes
 
 Choices = Mapping[str, Option]
@@ -55,7 +57,8 @@ class Unit:
 class Units:
     """The pieces of one model, and how to get each alone under any choices.
 
-    `build(choices)` gives the model cut by these choices, the others being the original's.
+    `build(choices, model)` gives the model (or its outline) cut by these choices, the others being the
+    original's.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Units:
         model: nn.Module,
         example: Tensor,
         cuts: Sequence[BoundCut],
-        build: Callable[[Choices], nn.Module],
+        build: Callable[[Choices, nn.Module], nn.Module],
     ) -> None:
         self._model, self._example, self._cuts, self._build = model, example, cuts, build
         self._original = {d.name: d.options[-1] for cut in cuts for d in cut.decisions}
@@ -74,12 +77,15 @@ class Units:
         self._kept = int(min(max(_ROOM / max(size, 1), 2), _KEPT))
         self._shapes: dict[tuple[Any, ...], dict[tuple[str, int], Shape]] = {}
         self._made: dict[str, list[Shape]] = {}
+        self._slices: dict[tuple[Any, ...], tuple[nn.Module | None, Shape | None]] = {}
         run = follow(model, example)
+        self._outline = outline(model, example, run)
         self._pieces = {p.name: p for p in Division(model, run, self._layers).pieces}
         self._batch_dims = batch_dims(model, example, self._pieces.values())
         for piece in self._pieces.values():
             piece.decisions |= self._claims(piece)
-        self._probe(Run(model, example))
+        known = self._outline
+        self._probe(Run(known.model, known.example) if known else Run(model, example))
         widths = [d for d in self._shaping() if isinstance(d.options[-1], int)]
         self._beside = Beside(
             run,
@@ -89,7 +95,9 @@ class Units:
         )
         for piece in self._pieces.values():
             piece.decisions |= self._beside.decisions(piece)
-        self._turns = Turns(run, cuts, self._layers, partial(self._sliced, without=_VALUES))
+        self._turns = Turns(
+            run, cuts, self._layers, partial(self._sliced, without=_VALUES, bare=True)
+        )
         order = {name: i for i, name in enumerate(self._original)}
         decided = {name: piece.decisions for name, piece in self._pieces.items()}
         turns = {name: piece.turn for name, piece in self._pieces.items()}
@@ -102,9 +110,12 @@ class Units:
         """The pieces, in the order in which they run."""
         return self._units
 
-    def unit(self, name: str, candidate: Choices) -> tuple[nn.Module, Shape] | None:
+    def unit(
+        self, name: str, candidate: Choices, bare: bool = False
+    ) -> tuple[nn.Module, Shape] | None:
         """A piece as a module of its own and its input's shape; None where it does not run.
 
+        A `bare` one may be without values, on torch's meta device: for what only asks for shapes.
         Errors: `SpaceError` for an unknown name.
         """
         if name in self._turns:
@@ -112,7 +123,7 @@ class Units:
         if name not in self._pieces:
             raise SpaceError(unknown("unit", name, self._pieces))
         piece = self._pieces[name]
-        found = self._alone(piece, candidate)
+        found = self._alone(piece, candidate, bare)
         beside = self._beside.bytes(piece, candidate) if found else 0
         if found is None or not beside:
             return found
@@ -122,9 +133,11 @@ class Units:
         carrier.beside_bytes = beside
         return carrier, found[1]
 
-    def _alone(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
+    def _alone(
+        self, piece: Piece, candidate: Choices, bare: bool
+    ) -> tuple[nn.Module, Shape] | None:
         if piece.kind == "chain":
-            return self._chained(piece, candidate)
+            return self._chained(piece, candidate, bare)
         if piece.kind == "held":
             return self._held(piece, candidate)
         choices = {d: candidate.get(d, self._original[d]) for d in piece.decisions}
@@ -149,7 +162,7 @@ class Units:
         silent = any(self._places(p) is None for p in open_)
         for decision in self._shaping() if open_ else ():
             self._makes(decision)  # the same run tells both
-            run = self._run({decision.name: decision.options[0]})
+            run = self._shown({decision.name: decision.options[0]})
             for piece in open_:
                 if run.looks(piece) in (None, original.looks(piece)):
                     continue
@@ -164,7 +177,7 @@ class Units:
     def _makes(self, decision: Decision) -> list[Shape]:
         """The shapes of what every operation makes under a decision's first option."""
         if decision.name not in self._made:
-            self._made[decision.name] = self._run({decision.name: decision.options[0]}).made()
+            self._made[decision.name] = self._shown({decision.name: decision.options[0]}).made()
         return self._made[decision.name]
 
     def _shaping(self) -> list[Decision]:
@@ -185,11 +198,13 @@ class Units:
 
     # --- getting a piece -------------------------------------------------------------------------
 
-    def _chained(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
+    def _chained(
+        self, piece: Piece, candidate: Choices, bare: bool
+    ) -> tuple[nn.Module, Shape] | None:
         found: list[nn.Module] = []
         shape: Shape | None = None
         for i, path in enumerate(piece.paths):
-            layer, taken = self._sliced(path, piece.shapes[i], candidate)
+            layer, taken = self._sliced(path, piece.shapes[i], candidate, bare=bare)
             if layer is None:
                 continue
             if not found:
@@ -202,32 +217,33 @@ class Units:
         return fed(module, shape, self._batch_dims.get(piece.name, 0))
 
     def _sliced(
-        self, path: str, shape: Shape, candidate: Choices, without: Sequence[str] = ()
+        self,
+        path: str,
+        shape: Shape,
+        candidate: Choices,
+        without: Sequence[str] = (),
+        bare: bool = False,
     ) -> tuple[nn.Module | None, Shape | None]:
         """A leaf layer under the candidate (`without` cuts of these kinds), and its input's shape
-        where it tells that."""
-        original = self._model.get_submodule(path)
-        places = places_of(original, shape)
-        layer: nn.Module | None = original
-        taken: Shape | None = None
-        for layer in self._stages(path, candidate, without):
-            if layer is None:
-                return None, None
-            taken = told(layer, shape, places) or taken
-        return layer, taken
+        where it tells that; where `bare` will do, without values if no cut of it reads them."""
+        cuts = self._cuts_of(path, candidate, without)
+        if not bare or self._outline is None or any(_kind(cut) not in _BARE for cut, _ in cuts):
+            return _cut(self._model.get_submodule(path), path, shape, cuts)
+        key = (path, shape, *(choice for _, choices in cuts for choice in choices.values()))
+        if key not in self._slices:
+            layer = self._outline.model.get_submodule(path)
+            self._slices[key] = _cut(layer, path, shape, cuts)
+        return self._slices[key]
 
-    def _stages(
+    def _cuts_of(
         self, path: str, candidate: Choices, without: Sequence[str] = ()
-    ) -> Iterator[nn.Module | None]:
-        """A module, then as each cut of it leaves it; None at last where it is left out."""
-        module: nn.Module | None = self._model.get_submodule(path)
-        yield module
-        for cut, layers in zip(self._cuts, self._layers, strict=True):
-            passed = cut.decisions and cut.decisions[0].name.partition(":")[0] in without
-            if module is not None and not passed and (names := layers.get(path)):
-                choices = {n: candidate.get(n, self._original[n]) for n in names}
-                module = cut.slice(path, module, choices)
-                yield module
+    ) -> list[tuple[BoundCut, Choices]]:
+        """The cuts that change a module, each with what is chosen of it."""
+        return [
+            (cut, {n: candidate.get(n, self._original[n]) for n in names})
+            for cut, layers in zip(self._cuts, self._layers, strict=True)
+            if (names := layers.get(path)) and _kind(cut) not in without
+        ]
 
     def _input(
         self, piece: Piece, place: int, taken: Shape | None, candidate: Choices
@@ -250,7 +266,7 @@ class Units:
         }
         key = self._key(choices)
         if key not in self._shapes:
-            self._shapes[key] = self._run(choices).shapes()
+            self._shapes[key] = self._shown(choices).shapes()
         return self._shapes[key].get((piece.paths[place], piece.turn if place == 0 else 0))
 
     def _called(self, piece: Piece, choices: Choices) -> tuple[nn.Module, Shape] | None:
@@ -266,7 +282,9 @@ class Units:
 
     def _held(self, piece: Piece, candidate: Choices) -> tuple[nn.Module, Shape] | None:
         path = piece.paths[0]
-        *_, module = self._stages(path, candidate)
+        module: nn.Module | None = self._model.get_submodule(path)
+        for cut, choices in self._cuts_of(path, candidate):
+            module = module and cut.slice(path, module, choices)
         if module is None or emptied(self._model.get_submodule(path), module):
             return None
         return Held(self._own(module, path, False)), (1,)
@@ -282,11 +300,46 @@ class Units:
     def _key(self, choices: Choices) -> tuple[Any, ...]:
         return tuple(sorted((n, c) for n, c in choices.items() if c != self._original[n]))
 
-    def _run(self, choices: Choices) -> Run:
-        key = self._key(choices)
+    def _run(self, choices: Choices, bare: bool = False) -> Run:
+        key = (bare, *self._key(choices))
         if key not in self._runs:
             while len(self._runs) >= self._kept:
                 self._runs.popitem(last=False)
-            self._runs[key] = Run(self._build(choices), self._example)
+            self._runs[key] = self._outlined(choices) if bare else self._built(choices)
         self._runs.move_to_end(key)
         return self._runs[key]
+
+    def _shown(self, choices: Choices) -> Run:
+        """A run for shapes alone."""
+        return self._run(choices, bare=self._outline is not None)
+
+    def _built(self, choices: Choices) -> Run:
+        return Run(self._build(choices, self._model), self._example)
+
+    def _outlined(self, choices: Choices) -> Run:
+        assert self._outline is not None
+        try:
+            shown = Run(self._build(choices, self._outline.model), self._outline.example)
+            shown.shapes()
+        except Exception:  # a cut that reads values, or makes the model read them
+            return self._built(choices)
+        return shown
+
+
+def _kind(cut: BoundCut) -> str:
+    return cut.decisions[0].name.partition(":")[0] if cut.decisions else ""
+
+
+def _cut(
+    layer: nn.Module | None, path: str, shape: Shape, cuts: Sequence[tuple[BoundCut, Choices]]
+) -> tuple[nn.Module | None, Shape | None]:
+    """A layer as cuts leave it, None where it is left out, and the input's shape that it tells."""
+    assert layer is not None
+    places = places_of(layer, shape)
+    taken = told(layer, shape, places)
+    for cut, choices in cuts:
+        layer = cut.slice(path, layer, choices)
+        if layer is None:
+            return None, None
+        taken = told(layer, shape, places) or taken
+    return layer, taken

@@ -20,6 +20,8 @@ Harm = Callable[[Sequence[Candidate]], NDArray[np.float64]]
 Record = Callable[[str, Callable[[], Any]], Any]
 Progress = Callable[[int, int, str], None]
 Codes = NDArray[Any]
+_LEAST = 8  # furthest options that are measured before any is guessed
+_SPREAD = 0xF4  # purpose of the random stream
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Profile:
     """The harm of every option alone, as factors: 0 for the original's.
 
     `base` is the harm of the original itself, `measure` what harm is, `samples` on how many
-    examples it was seen, `seconds` how long that took, `of` the fingerprint of the space. `drawn`:
-    decisions of which only the furthest option was measured, for want of time.
+    examples it was seen, `seconds` how long that took, `of` the fingerprint of the space. For want of
+    time, `drawn` are decisions of which only the furthest option was measured, and `guessed` those of
+    which none was.
     """
 
     factors: tuple[Factor, ...]
@@ -38,6 +41,7 @@ class Profile:
     base: float = 0.0
     of: str = ""
     drawn: tuple[str, ...] = ()
+    guessed: tuple[str, ...] = ()
 
     def smoothed(self, space: Space) -> Profile:
         """The same with harm of ordered options made to fall towards the original's, and not
@@ -52,7 +56,8 @@ class Profile:
     def from_json(cls, data: Mapping[str, Any]) -> Profile:
         """The profile that `to_json` wrote."""
         factors = tuple(map(Factor.from_json, data["factors"]))
-        return cls(**{**data, "factors": factors, "drawn": tuple(data.get("drawn", ()))})
+        names = {key: tuple(data.get(key, ())) for key in ("drawn", "guessed")}
+        return cls(**{**data, "factors": factors, **names})
 
 
 def profile(
@@ -65,6 +70,8 @@ def profile(
     measure: str = "",
     samples: int = 0,
     hurried: Callable[[str], bool] | None = None,
+    late: Callable[[str], bool] | None = None,
+    guess: Mapping[str, float] | None = None,
 ) -> Profile:
     """Measures the harm of every option alone, the rest as in the original.
 
@@ -76,7 +83,9 @@ def profile(
     that was stopped goes on. `progress(done, total, text)` counts candidates.
     With `hurried`, asked with the name of a decision, the option furthest from the original's is
     measured of every ordered decision first; where it says yes, those between are drawn as the square
-    of the way there, which harm is near a minimum of the loss (LeCun et al., 1990).
+    of the way there, which harm is near a minimum of the loss (LeCun et al., 1990). With `late`, asked
+    alike, the furthest option is not measured either where it says yes and `guess` has the decision: its
+    harm is the guess, times what the harm of those measured was of theirs (the median).
     Errors: `EspalierError` where the original itself has no finite harm.
     """
     owner = getattr(harm, "__self__", None)
@@ -89,15 +98,15 @@ def profile(
     base = work.one()
     alone: dict[str, Array] = {}
     factors, drawn = [], []
-    furthest = {
-        name: work.changes((name,), "furthest")
-        for name in (d.name for d in space.decisions)
-        if hurried is not None and work.between(name)
-    }
+    furthest = _furthest(work, late, guess or {}) if hurried is not None else {}
+    guessed = [d.name for d in space.decisions if d.name in furthest and d.name not in work.told]
     for names in parts:
         known = furthest.get(names[0]) if len(names) == 1 else None
         if known is None:
             values = work.changes(names)
+        elif names[0] in guessed:
+            values = known[0] * work.way(names[0]) ** 2
+            work.skip(names[0], 1)
         elif hurried is not None and np.isfinite(known[0]) and hurried(names[0]):
             values = known[0] * work.way(names[0]) ** 2
             drawn.append(names[0])
@@ -111,7 +120,29 @@ def profile(
             values[np.isnan(values) | np.isneginf(values)] = 0.0  # one forbids it already
         factors.append(_where_active(space, names, values))
     found = tuple(factors)
-    return Profile(found, measure, samples, work.seconds, base, space.fingerprint, tuple(drawn))
+    return Profile(
+        found, measure, samples, work.seconds, base, space.fingerprint, tuple(drawn), tuple(guessed)
+    )
+
+
+def _furthest(
+    work: _Measuring, late: Callable[[str], bool] | None, guess: Mapping[str, float]
+) -> dict[str, Array]:
+    """What the furthest option of every ordered decision harms, measured or guessed."""
+    names = [d.name for d in work.space.decisions if work.between(d.name)]
+    if late is not None:  # what is measured when time is up is to stand for the rest
+        names = [names[i] for i in np.random.default_rng(_SPREAD).permutation(len(names))]
+    found: dict[str, Array] = {}
+    missing = []
+    for name in names:
+        if late is not None and len(found) >= _LEAST and name in guess and late(name):
+            missing.append(name)
+        else:
+            found[name] = work.changes((name,), "furthest")
+    work.told = set(found)
+    told = [found[n][0] / guess[n] for n in found if guess.get(n, 0.0) > 0]
+    scale = float(np.median([t for t in told if math.isfinite(t)] or [1.0]))
+    return found | {name: np.array([scale * guess[name]]) for name in missing}
 
 
 def _pairs(space: Space, given: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
@@ -133,6 +164,7 @@ class _Measuring:
         self._progress = progress or (lambda done, total, text: None)
         self._key = f"harm:{self.space.fingerprint}:{key}"
         self.total, self.done, self.seconds = 0, 0, 0.0
+        self.told: set[str] = set()  # whose furthest option was measured
 
     def one(self) -> float:
         """The harm of the original."""
@@ -158,9 +190,9 @@ class _Measuring:
         found: Array = (values[-1] - values) / (values[-1] - values[0])
         return found
 
-    def skip(self, name: str) -> None:
-        """Counts options as done that are not measured."""
-        self.done += self.between(name)
+    def skip(self, name: str, more: int = 0) -> None:
+        """Counts options between the original's and the furthest as done, and so many more."""
+        self.done += self.between(name) + more
         self._progress(self.done, self.total, f"sensitivity: {name}")
 
     def changes(self, names: tuple[str, ...], only: str = "") -> Array:
