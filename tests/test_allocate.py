@@ -408,7 +408,7 @@ def test_what_there_is_no_time_to_measure_is_guessed_by_what_was(
     for factor in found.factors:
         name = factor.name
         if name in found.guessed:
-            # a third of the way is a quarter of the harm: the half of it, squared
+            # half of the way is a quarter of the harm
             full = 3 * Wide.guess[name]
             assert factor.values == pytest.approx([full, full / 4, 0.0])
         elif name != "f":

@@ -101,55 +101,6 @@ def test_a_model_is_built_once_a_width_to_tell_its_pieces(monkeypatch):
     assert [list(choices) for choices in built] == [[name] for name in widths]
 
 
-@pytest.mark.parametrize("name", ["cnn", *sorted(MODELS)])
-def test_pieces_looked_up_by_shapes_alone_are_those_of_real_tensors(name, monkeypatch):
-    found = []
-    for whole in (False, True):
-        torch.manual_seed(0)
-        family = Pretrained(lite(), IMAGES) if name == "cnn" else family_of(name)
-        if whole:
-            monkeypatch.setattr("espalier.compress.pieces.units.outline", lambda *given: None)
-        rows = family.space.sample(60, np.random.default_rng(0))
-        told = [
-            [(p.key, p.count, p.work) for p in (part.pieces[i] for i in part.index if i >= 0)]
-            for part in pieces_of(family).parts(rows)
-        ]
-        found.append((told, family.units(), family._pieces()._outline is None))
-    assert found[0][:2] == found[1][:2]
-    # torch's own attention is other operators without values
-    assert found[0][2] == (name == "language")
-    assert found[1][2]
-
-
-def lite() -> nn.Module:
-    """Layers of every kind whose shapes are told without torch's long way."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Hardswish(),
-        nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.GroupNorm(8, 8), nn.SiLU(),
-        nn.ConvTranspose2d(8, 8, 2), nn.LeakyReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 1),
-        nn.Sigmoid(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10), nn.Tanh(),
-        nn.Linear(10, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4),
-    )  # fmt: skip
-
-
-class Asking(nn.Module):
-    """What it computes hangs on the values that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.last(x.relu() if float(x.detach().sum()) > -1e9 else x)
-
-
-def test_a_model_that_asks_for_values_is_looked_at_with_them():
-    family = Pretrained(Asking(), torch.randn(2, 8), Widths())
-    assert family._pieces()._outline is None
-    check_family(family)
-
-
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_the_peak_of_activations_knows_what_is_alive_beside_a_piece(name):
     family = family_of(name)

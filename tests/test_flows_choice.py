@@ -116,7 +116,8 @@ def test_an_answer_that_was_a_rival_without_training_is_trained_after_all(
     recorded = {f"repair/{k}": {"stages": [{"stage": s} for s in v]} for k, v in stages.items()}
     job: Any = SimpleNamespace(
         study=SimpleNamespace(once=lambda key, compute: compute(), recorded=lambda: recorded),
-        trains=True, untuned=[], resting={}, left=lambda: 100.0, reading=lambda networks, closed: 0.0,
+        trains=True, untuned=[], resting={}, left=lambda: 100.0, last_seconds=8.0,
+        reading=lambda networks, closed: 0.0,
         task=SimpleNamespace(size=lambda split: 100),
         family=SimpleNamespace(original=Number(id="whole")),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +92,7 @@ class Pass:
 def follow(model: nn.Module, example: Tensor, steps: bool = True) -> Pass:
     """Runs a model once in evaluation mode and writes down its calls.
 
-    Without `steps` the operations are not, which is quicker. Errors: `EspalierError` where it does not run on the example.
+    Without `steps` the operations of tensors with values are not, which is quicker. Errors: `EspalierError` where it does not run on the example.
     """
     follower = _Follower(model)
     try:
@@ -168,7 +169,8 @@ class _Follower(TorchDispatchMode):
         made = _tensors(out)
         if not made:
             return out
-        if func._schema.is_mutable:
+        # (what only turns a tensor's shape in place changes no value)
+        if func._schema.is_mutable and torch.Tag.inplace_view not in func.tags:
             for tensor in made:
                 place = storage_of(tensor)
                 if place in self._states:

@@ -62,7 +62,8 @@ class Calibration:
         met = self._met(rows)
         chosen = self._stratified(met)
         total = len(chosen) + self._fit + self._held
-        self._watch = Stopwatch(self._quickened(len(chosen)))
+        quick = self._quickened(len(chosen))
+        self._watch = Stopwatch(quick)
         times = self._measure_pieces(chosen, total)
         work = np.array([met[key].work for key in times])
         filler, tried = "", dict[str, float]()
@@ -83,6 +84,7 @@ class Calibration:
         error |= {"overhead_ms": overhead, "scale": scale, "empty_ms": empty}
         error |= {"units": len(met), "units_measured": len(times)}
         error |= {"filler": filler, "filler_errors": tried, "fitted_on": len(fit_rows)}
+        error |= {"look_seconds": quick.seconds}
         error |= self._disturbance(clocks) | {"seconds": time.perf_counter() - begin}
         entries = {k: {"ms": ms, "work": list(met[k].work)} for k, ms in times.items()}
         about = self._runtime.about()

@@ -50,7 +50,8 @@ class UnitFamily(Protocol):
     """A family whose networks are chains of units, which can be had one by one.
 
     A unit's module may carry `beside_bytes`: the activations that stay alive while it runs, besides
-    its own.
+    its own. A family may also have `outline(name, candidate)`: the same as `unit`, on torch's meta device
+    where shapes are all that is asked for.
     """
 
     def units(self) -> Sequence[UnitLike]: ...

@@ -73,7 +73,8 @@ def _batch_norm(x: Tensor, *given: Any) -> tuple[Tensor, ...] | None:
 
 def _layer_norm(x: Tensor, over: list[int], *given: Any) -> tuple[Tensor, ...]:
     kept = (*x.shape[: x.dim() - len(over)], *[1] * len(over))
-    return torch.empty_like(x), x.new_empty(kept), x.new_empty(kept)
+    laid_out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return laid_out, x.new_empty(kept), x.new_empty(kept)
 
 
 def _group_norm(x: Tensor, *given: Any) -> tuple[Tensor, ...]:

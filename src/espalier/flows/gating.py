@@ -24,6 +24,7 @@ from espalier.train.halves import halves
 
 _SHARE = 0.3  # of the time, for masks that learn
 _LEAST_STEPS = 8  # however little time there is
+_ALMOST = 0.95  # of a pass is a whole one
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,8 @@ def _epochs(job: Shrinking, dearer: float) -> float:
     steps = max(job.task.size("train") // SETTINGS.batch, 1)
     seconds = timed_second(lambda: train.fit(probe, few, recipe, 0), 1) * steps / min(4, steps)
     passes = _SHARE * job.budget.seconds / (dearer * seconds)
-    if passes >= 1:
-        return float(min(int(passes), SETTINGS.epochs))
-    least = min(_LEAST_STEPS / steps, 1.0)
-    return float(max(passes, least))
+    passes = max(passes, _LEAST_STEPS / steps)
+    return passes if passes < _ALMOST else float(np.clip(int(passes), 1, SETTINGS.epochs))
 
 
 def _distances(job: Shrinking, learned: Mapping[str, Any]) -> list[Factor]:

@@ -35,8 +35,10 @@ def importances(
             continue
         for bound in family.cuts:
             if isinstance(bound, BoundWidths):
-                batches = task.batches("train", each, generator(seed))
-                few = itertools.islice(batches, images // each)
-                found |= scores(family.model, bound.groups, cut.importance, few, task.loss)
-                found |= {n: s for n, s in (cut.scores or {}).items() if n in bound.groups}
+                given = {n: s for n, s in (cut.scores or {}).items() if n in bound.groups}
+                if len(given) < len(bound.groups):
+                    batches = task.batches("train", each, generator(seed))
+                    few = itertools.islice(batches, -(-images // each))
+                    found |= scores(family.model, bound.groups, cut.importance, few, task.loss)
+                found |= given
     return found

@@ -84,7 +84,7 @@ def _hash(tensors: Mapping[str, Tensor], told: str = "") -> str:
 
 PAID = Paid(
     same=("model", "shape", "space", "cuts", "data", "measure", "seed"),
-    taken=("images", "harm/", "hurried/", "guessed/"),
+    taken=("images", "images of importances", "harm/", "hurried/", "guessed/"),
     timed=("original latency", "latency table"),
     where="runtime",
     dear=("latency table", "harm/"),

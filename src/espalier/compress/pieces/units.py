@@ -203,6 +203,7 @@ class Units:
     ) -> tuple[nn.Module, Shape] | None:
         found: list[nn.Module] = []
         shape: Shape | None = None
+        bare = bare and not any(self._reads_values(path, candidate) for path in piece.paths)
         for i, path in enumerate(piece.paths):
             layer, taken = self._sliced(path, piece.shapes[i], candidate, bare=bare)
             if layer is None:
@@ -225,11 +226,11 @@ class Units:
         bare: bool = False,
     ) -> tuple[nn.Module | None, Shape | None]:
         """A leaf layer under the candidate (`without` cuts of these kinds), and its input's shape
-        where it tells that; where `bare` will do, without values if no cut of it reads them."""
+        where it tells that; `bare` is without values, where the model has an outline."""
         cuts = self._cuts_of(path, candidate, without)
-        if not bare or self._outline is None or any(_kind(cut) not in _BARE for cut, _ in cuts):
+        if not bare or self._outline is None:
             return _cut(self._model.get_submodule(path), path, shape, cuts)
-        key = (path, shape, *(choice for _, choices in cuts for choice in choices.values()))
+        key = (path, shape, *(pair for _, choices in cuts for pair in choices.items()))
         if key not in self._slices:
             layer = self._outline.model.get_submodule(path)
             self._slices[key] = _cut(layer, path, shape, cuts)
@@ -239,11 +240,17 @@ class Units:
         self, path: str, candidate: Choices, without: Sequence[str] = ()
     ) -> list[tuple[BoundCut, Choices]]:
         """The cuts that change a module, each with what is chosen of it."""
-        return [
-            (cut, {n: candidate.get(n, self._original[n]) for n in names})
-            for cut, layers in zip(self._cuts, self._layers, strict=True)
-            if (names := layers.get(path)) and _kind(cut) not in without
-        ]
+        found: list[tuple[BoundCut, Choices]] = []
+        for cut, layers in zip(self._cuts, self._layers, strict=True):
+            names = layers.get(path, ()) if _kind(cut) not in without else ()
+            choices = {n: candidate.get(n, self._original[n]) for n in names}
+            if any(choices[n] != self._original[n] for n in names):
+                found.append((cut, choices))
+        return found
+
+    def _reads_values(self, path: str, candidate: Choices) -> bool:
+        """Whether a cut of a module reads what its weights are."""
+        return any(_kind(cut) not in _BARE for cut, _ in self._cuts_of(path, candidate))
 
     def _input(
         self, piece: Piece, place: int, taken: Shape | None, candidate: Choices
@@ -284,7 +291,8 @@ class Units:
         path = piece.paths[0]
         module: nn.Module | None = self._model.get_submodule(path)
         for cut, choices in self._cuts_of(path, candidate):
-            module = module and cut.slice(path, module, choices)
+            if module is not None:
+                module = cut.slice(path, module, choices)
         if module is None or emptied(self._model.get_submodule(path), module):
             return None
         return Held(self._own(module, path, False)), (1,)

@@ -20,7 +20,7 @@ Harm = Callable[[Sequence[Candidate]], NDArray[np.float64]]
 Record = Callable[[str, Callable[[], Any]], Any]
 Progress = Callable[[int, int, str], None]
 Codes = NDArray[Any]
-_LEAST = 8  # furthest options that are measured before any is guessed
+_LEAST = 8  # furthest options with a guess that are measured before any is guessed
 _SPREAD = 0xF4  # purpose of the random stream
 
 
@@ -85,7 +85,7 @@ def profile(
     measured of every ordered decision first; where it says yes, those between are drawn as the square
     of the way there, which harm is near a minimum of the loss (LeCun et al., 1990). With `late`, asked
     alike, the furthest option is not measured either where it says yes and `guess` has the decision: its
-    harm is the guess, times what the harm of those measured was of theirs (the median).
+    harm is the guess, above 0, times what the harm of those measured was of theirs (the median).
     Errors: `EspalierError` where the original itself has no finite harm.
     """
     owner = getattr(harm, "__self__", None)
@@ -134,15 +134,17 @@ def _furthest(
         names = [names[i] for i in np.random.default_rng(_SPREAD).permutation(len(names))]
     found: dict[str, Array] = {}
     missing = []
+    times: list[float] = []  # what was measured, by what would have been guessed
     for name in names:
-        if late is not None and len(found) >= _LEAST and name in guess and late(name):
+        known = guess.get(name, 0.0) > 0
+        if late is not None and known and len(times) >= _LEAST and late(name):
             missing.append(name)
-        else:
-            found[name] = work.changes((name,), "furthest")
+            continue
+        found[name] = work.changes((name,), "furthest")
+        if known and math.isfinite(found[name][0]) and found[name][0] > 0:
+            times.append(float(found[name][0] / guess[name]))
     work.told = set(found)
-    told = [found[n][0] / guess[n] for n in found if guess.get(n, 0.0) > 0]
-    scale = float(np.median([t for t in told if math.isfinite(t)] or [1.0]))
-    return found | {name: np.array([scale * guess[name]]) for name in missing}
+    return found | {name: np.array([np.median(times) * guess[name]]) for name in missing}
 
 
 def _pairs(space: Space, given: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
