@@ -34,6 +34,7 @@ from espalier.costs import (
     timing,
 )
 from espalier.costs.chain import chain
+from espalier.costs.context import Stopwatch
 from espalier.costs.filler import FILLERS, Filler, choose
 from espalier.costs.machine import Snapshot, load_between
 from espalier.costs.onnx_file import _record, _set_batch
@@ -643,3 +644,26 @@ def test_measured_latency_is_measured_once(idle: None, monkeypatch: pytest.Monke
     MeasuredLatency(Towers(), OnnxRuntime(seconds=0.02), notes.append).estimate(candidates[:1])
     assert len(notes) == 1
     assert str(candidates[0]) in notes[0]
+
+
+def test_a_brief_stopwatch_tells_turns_by_size_and_times_nothing_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = Stopwatch(Counting())
+    timed = list[int]()
+    true = watch._time
+
+    def counted(model: bytes, x: Tensor, least: float = 0.0) -> float:
+        timed.append(x.numel())
+        return true(model, x, least)
+
+    monkeypatch.setattr(watch, "_time", counted)
+    watch._turns = {((1, 8, 4, n), False): 1e-3 * 32 * n for n in range(1, 7)}
+    x = torch.zeros(1, 16, 10, 10)
+    watch.brief = True
+    assert watch._turn(x) == pytest.approx(1e-3 * 1600)
+    assert timed == []
+    assert watch._turn(torch.zeros(1, 8, 4, 3)) == pytest.approx(1e-3 * 96)  # was timed
+    watch.brief = False
+    watch._turn(x)
+    assert timed

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 Codes = NDArray[Any]
 _LEAST, _FEW = 24, 3  # pieces, and networks of each kind, measured however little time there is
 _LOOKS, _SHORTEST = 3, 0.05  # timings a piece; seconds of one, at least
+_TRIED, _SHORT = 6, 2.0  # after so many pieces: times what there is time for, and looks are brief
 _PIECES = 0.7  # of the time, for pieces
 _CERTAIN = 0.005  # relative deviations below are squared, as by least squares
 
@@ -145,9 +146,15 @@ class Calibration:
 
     def _measure_pieces(self, chosen: list[Piece], total: int) -> dict[str, float]:
         found = {}
+        began = time.perf_counter()
         for done, piece in enumerate(chosen):
-            if done >= _LEAST and time.perf_counter() > self._pieces_end:
+            now = time.perf_counter()
+            if done >= _LEAST and now > self._pieces_end:
                 break
+            if done >= _TRIED and (now - began) / done * len(chosen) > _SHORT * (
+                self._pieces_end - began
+            ):
+                self._watch.brief = True
             if done % 25 == 0:
                 self._progress(done, total, "measuring pieces")
             found[piece.key] = self._watch.piece(*self._pieces.make(piece))

@@ -20,7 +20,7 @@ from espalier.export import to_onnx
 
 STEADY = 0.06  # smaller changes of pace are taken for noise
 _FRESH = 0.3  # seconds for which a pace once taken holds
-_TRIES = 3
+TRIES = 3
 
 
 class Pace:
@@ -47,9 +47,12 @@ class Pace:
         best = float(np.quantile(self._met, 0.9)) if self._met else 1.0
         return best if best > 1 + STEADY else 1.0
 
-    def quick(self, model: bytes, x: Tensor, least_seconds: float = 0.0) -> Timing:
-        """`OnnxRuntime.quick`, at the pace of the first timing."""
-        for _ in range(_TRIES):
+    def quick(
+        self, model: bytes, x: Tensor, least_seconds: float = 0.0, tries: int = TRIES
+    ) -> Timing:
+        """`OnnxRuntime.quick`, at the pace of the first timing; again, up to so many tries, where the
+        pace changed meanwhile."""
+        for _ in range(tries):
             fresh = time.perf_counter() - self._when < _FRESH
             before = self._last if fresh else self.now()
             timing = self._runtime.quick(model, x, least_seconds=least_seconds)
