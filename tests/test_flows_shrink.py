@@ -619,6 +619,17 @@ def test_a_limit_that_nothing_keeps_says_what_the_smallest_takes(
             fitting.best_fitted(job, "fake", {"one": largest})
 
 
+def test_a_second_answer_begins_where_the_first_one_ended() -> None:
+    job = fake_job(3.0)
+    job.original.metrics[LATENCY] = Reading(50.0)  # by which the first guess is far off
+    first = fitting.fitted(job, "fake", largest)
+    rounds = len(job.rounds)
+    second = fitting.fitted(job, "fake", largest, 0.9)
+    assert 3 * first.id <= 50
+    assert 0.8 * 45 < 3 * second.id <= 45
+    assert len(job.rounds) == rounds + 1 < 2 * rounds
+
+
 def test_one_slow_answer_does_not_end_the_rounds() -> None:
     job = fake_job(1.0, noise={49: 80.0})
     answer = fitting.fitted(job, "fake", largest)

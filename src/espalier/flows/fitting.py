@@ -93,8 +93,7 @@ class _Fitting:
 
     def run(self) -> Candidate:
         job = self.job
-        predicted = job.price(job.family.original)[LATENCY].value
-        bound = self.wanted * predicted / job.original.metrics[LATENCY].value
+        bound = self.first()
         highest = _FURTHEST * bound
         for _ in range(_SOLVED):
             candidate = self.answer(bound)
@@ -126,6 +125,14 @@ class _Fitting:
             return self.kept[1]
         told = f": the least took {min(self.times.values()):.4g} ms" if self.times else ""
         raise BudgetError(f"nothing of this kind keeps {self.wanted:.4g} ms as measured{told}")
+
+    def first(self) -> float:
+        """The bound to begin with: where this was solved before, what kept the limit then tells it."""
+        kept = [r for r in self.job.rounds if r["name"] == self.name and r["kept"]]
+        if kept and kept[-1]["bound"] > 0:
+            return float(_AIM * kept[-1]["bound"] * self.wanted / kept[-1]["measured"])
+        predicted = self.job.price(self.job.family.original)[LATENCY].value
+        return self.wanted * predicted / self.job.original.metrics[LATENCY].value
 
     def binds(self, candidate: Candidate, bound: float) -> bool:
         """Whether a limit on latency changes the answer, or another is what holds it back."""
