@@ -619,6 +619,21 @@ def test_a_limit_that_nothing_keeps_says_what_the_smallest_takes(
             fitting.best_fitted(job, "fake", {"one": largest})
 
 
+@pytest.mark.parametrize(("spread", "looks"), [(0.0, 1), (15.0, 3)])
+def test_a_look_that_may_be_over_the_limit_is_not_taken_for_one_within(
+    spread: float, looks: int
+) -> None:
+    job, asked = fake_job(1.0), list[str]()
+
+    def measured(candidate: Any, network: Any, key: str) -> Reading:
+        asked.append(key)
+        return Reading(40.0, "ms", "measured", "", spread)
+
+    job.measured = measured
+    fitting.measured(job, Number(id=40), 50.0, patient=False)
+    assert len(asked) == looks
+
+
 def test_a_second_answer_begins_where_the_first_one_ended() -> None:
     job = fake_job(3.0)
     job.original.metrics[LATENCY] = Reading(50.0)  # by which the first guess is far off

@@ -176,11 +176,12 @@ class _Fitting:
 
 
 def measured(job: Shrinking, candidate: Candidate, wanted: float, patient: bool = True) -> float:
-    """Milliseconds on the runtime; just within what is wanted, and if `patient` on a busy machine, the
-    middle of several measurements."""
+    """Milliseconds on the runtime; the middle of several measurements where one leaves it open whether
+    that is within what is wanted, and if `patient` on a busy machine."""
     first = job.measured(candidate, None, "latency")
     busy = job.study.once(f"latency/{candidate.id}", dict).get("busy")
-    if not (busy and patient) and not _JUST * wanted < first.value <= wanted:
+    certain = max(first.spread or 0.0, (1 - _JUST) * wanted)
+    if not (busy and patient) and not first.value <= wanted < first.value + certain:
         return first.value
     more = [job.measured(candidate, None, f"latency-{i}") for i in range(1, _LOOKS)]
     return float(np.median([first.value, *(r.value for r in more)]))
