@@ -69,7 +69,8 @@ def fitted(
     limit = job.latency_limit
     if limit is None or job.predicted is None:
         return solve(job.limits)
-    return _Fitting(job, name, solve, limit, limit.bound * tighten, ways).run()
+    again = tighten < 1.0
+    return _Fitting(job, name, solve, limit, limit.bound * tighten, ways, again).run()
 
 
 class _Fitting:
@@ -83,13 +84,14 @@ class _Fitting:
         limit: Limit,
         wanted: float,
         ways: int,
+        again: bool,
     ) -> None:
         self.job, self.name, self.solve, self.limit, self.wanted = job, name, solve, limit, wanted
         self.kept: tuple[float, Candidate] | None = None
         self.broken = float("inf")
         self.times: dict[Candidate, float] = {}
         self.free: list[Candidate | None] | None = None  # the answer where latency is no matter
-        self.began, self.ways = time.monotonic(), ways
+        self.began, self.ways, self.again = time.monotonic(), ways, again
 
     def run(self) -> Candidate:
         job = self.job
@@ -129,7 +131,7 @@ class _Fitting:
     def first(self) -> float:
         """The bound to begin with: where this was solved before, what kept the limit then tells it."""
         kept = [r for r in self.job.rounds if r["name"] == self.name and r["kept"]]
-        if kept and kept[-1]["bound"] > 0:
+        if self.again and kept and kept[-1]["bound"] > 0:
             return float(_AIM * kept[-1]["bound"] * self.wanted / kept[-1]["measured"])
         predicted = self.job.price(self.job.family.original)[LATENCY].value
         return self.wanted * predicted / self.job.original.metrics[LATENCY].value
