@@ -25,12 +25,17 @@ class Drifting:
     drift: float = 1.02
     hiccup: int = 0
     timings: list[str] = field(default_factory=list)
+    opens: list[str] = field(default_factory=list)
 
-    def quick(self, model: bytes, example: torch.Tensor) -> SimpleNamespace:
-        self.timings.append(model.decode())
+    def opened(self, model: bytes, example: torch.Tensor) -> str:
+        self.opens.append(model.decode())
+        return model.decode()
+
+    def look(self, run: str) -> SimpleNamespace:
+        self.timings.append(run)
         count = len(self.timings)
         slow = self.drift**count * (5.0 if self.hiccup and count % self.hiccup == 0 else 1.0)
-        return SimpleNamespace(median_ms=slow * {"small": 0.3, "large": 0.5}[model.decode()])
+        return SimpleNamespace(median_ms=slow * {"small": 0.3, "large": 0.5}[run])
 
 
 def told(runtime: Drifting) -> tuple[float, int]:
@@ -56,6 +61,16 @@ def test_hiccups_are_outvoted_and_take_more_rounds() -> None:
 def test_slow_models_have_the_least_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("espalier.costs.side_by_side._LONG", 0.0)
     assert told(Drifting(drift=1.0, hiccup=5))[1] == 3
+
+
+def test_what_takes_long_to_open_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Drifting(drift=1.0)
+    assert told(runtime) == (pytest.approx(0.6), 3)
+    assert sorted(runtime.opens) == ["large"] * 3 + ["small"] * 3
+    monkeypatch.setattr("espalier.costs.side_by_side._OPENED", -1.0)
+    runtime = Drifting(drift=1.0)
+    assert told(runtime) == (pytest.approx(0.6), 3)
+    assert sorted(runtime.opens) == ["large", "small"]
 
 
 def test_every_round_times_every_model_in_an_order_of_its_own() -> None:

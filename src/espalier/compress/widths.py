@@ -207,7 +207,7 @@ class BoundWidths(BoundCut):
         attention = isinstance(layer, nn.MultiheadAttention)
         names = self._cutting.get(name, []) + (self._cutting.get(inner, []) if attention else [])
         kept = self.kept(choices, dict.fromkeys(names))
-        rows = kept_rows(self.groups, kept)
+        rows = kept_rows(self.groups, kept, (name, inner))
         if isinstance(layer, nn.MultiheadAttention) and (name in rows or inner in rows):
             layer = Attention(layer)
             layer.out_proj = _copied(layer.out_proj)

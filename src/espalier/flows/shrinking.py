@@ -39,8 +39,8 @@ from espalier.train import Recipe
 LATENCY, STORED = "latency_ms", "stored_bytes"
 # Shares of the whole time; repair has what is left.
 _TABLE, _PROFILE = 0.25, 0.25
-_MATTER, _TRAINED = 0.08, 3.0  # for importances; a pass with gradients takes three without
-_CLOSED_SHARE, _CLOSED_PASSES = 0.05, 4.0  # for the closed forms of one network
+_MATTER, _TRAINED = 0.08, 4.5  # for importances; with gradients a pass takes so many without
+_CLOSED_SHARE, _CLOSED_PASSES = 0.08, 8.0  # for the closed forms of one network
 _MOST_CLOSED = 512  # examples of least squares and statistics
 _LEAST_IMAGES, _MOST_IMAGES = 16, 1024  # the least that tell something, where time is short
 _SENSED = 1.2 * _PROFILE  # of the time: then options between others are not measured
@@ -350,14 +350,14 @@ class Shrinking(Measuring):
     def sense(self) -> Profile:
         """The harm of every option alone, each recorded."""
         self.show.phase("what every option harms", self.options)
-        before = self.study.phase_seconds().get("sensitivity", 0.0)
-        began = time.monotonic() - before
+        # what this phase did before, costs looked up among it, is part of its share
+        began = self.phase_started - self.study.phase_seconds().get("sensitivity", 0.0)
 
         def late(key: str, name: str, share: float) -> bool:
             # of widths alone: fewer bits and other patterns of zeros do not harm by the square of the way
             if self.deciding is None or not name.startswith(PREFIX):
                 return False
-            spent = time.monotonic() - began > share * self.deciding
+            spent = time.time() - began > share * self.deciding
             return bool(self.once(f"{key}/{name}", lambda: spent))
 
         def none_measured(name: str) -> bool:

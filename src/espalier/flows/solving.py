@@ -104,11 +104,11 @@ def allocating(job: Shrinking) -> dict[str, Solve]:
     Mixed kinds cost a turn wherever they meet, which makes that program a long one: it begins at the
     better of the other two, which are short, and all three compete once they are repaired.
     """
-    harm = job.sense().factors
     others = {}
     if job.latency_limit is not None:
         others = {"all in integers": _but_integers(job), "all in float": _but_float(job)}
     costs = factors_of(job, [x.metric for x in job.limits])
+    harm = job.sense().factors  # last: it has what is left of the time that both may take
     alone = {n: program_on(job, [*harm, *f], (), costs) for n, f in others.items() if f}
     return {MIXED: program_on(job, harm, tuple(alone.values()), costs), **alone}
 

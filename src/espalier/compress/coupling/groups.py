@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,8 +137,11 @@ def kept_sizes(groups: Mapping[str, Group], kept: Kept) -> dict[str, list[tuple[
     return found
 
 
-def kept_rows(groups: Mapping[str, Group], kept: Kept) -> dict[str, Rows]:
-    """For each module what stays of its tensors: attribute -> dim -> ascending rows."""
+def kept_rows(
+    groups: Mapping[str, Group], kept: Kept, paths: Collection[str] | None = None
+) -> dict[str, Rows]:
+    """For each module (or each of these `paths`) what stays of its tensors: attribute -> dim ->
+    ascending rows."""
     gone: dict[tuple[str, str, int], list[Tensor]] = {}
     for name, units in kept.items():
         group = groups[name]
@@ -148,6 +151,8 @@ def kept_rows(groups: Mapping[str, Group], kept: Kept) -> dict[str, Rows]:
         left[units] = False
         for member in group.members:
             for path, tensor in member.owners:
+                if paths is not None and path not in paths:
+                    continue
                 gone.setdefault((path, tensor, member.dim), []).append(member.rows[left].flatten())
     found: dict[str, Rows] = {}
     for (path, tensor, dim), rows in gone.items():

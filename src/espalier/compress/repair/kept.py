@@ -20,10 +20,8 @@ def kept_rows(cut: Tensor, original: Tensor) -> Tensor | None:
     if len(cut) == len(original):
         return torch.arange(len(cut))
     rows, whole = (t.detach().cpu().flatten(1).numpy() for t in (cut, original))
-    values = whole.ravel()
-    order = np.argsort(values, kind="stable")
-    ordered, owner = values[order], order // whole.shape[1]
-    found = np.array([_row(row, ordered, owner) for row in rows], dtype=np.int64)
+    values, owner = _owners(whole)
+    found = np.array([_row(row, values, owner, len(whole)) for row in rows], dtype=np.int64)
     # rows of zeros tell nothing: they are the original's rows of zeros, in order
     silent = iter(np.setdiff1d(np.flatnonzero(~whole.any(axis=1)), found))
     for at in np.flatnonzero(~rows.any(axis=1)):
@@ -33,15 +31,27 @@ def kept_rows(cut: Tensor, original: Tensor) -> Tensor | None:
     return torch.from_numpy(found)
 
 
-def _row(row: NDArray[np.floating], ordered: NDArray[np.floating], owner: NDArray[np.int64]) -> int:
-    """The row that most of the values are from; -1 where there is none."""
+def _owners(whole: NDArray[np.floating]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    """Values, ascending, and a row that each is from; a value of several rows stands for each once."""
+    values = whole.ravel()
+    order = np.argsort(values, kind="stable")
+    values, owner = values[order], order // whole.shape[1]
+    new = np.ones(len(values), dtype=np.bool_)
+    new[1:] = (values[1:] != values[:-1]) | (owner[1:] != owner[:-1])
+    return values[new], owner[new]
+
+
+def _row(
+    row: NDArray[np.floating], values: NDArray[np.floating], owner: NDArray[np.int64], count: int
+) -> int:
+    """Which of `count` rows most of the values are from; -1 where there is none."""
     told = row[row != 0][:_LOOKED_AT]
     if not len(told):
         return -1
-    low, high = (np.searchsorted(ordered, told, side) for side in ("left", "right"))
-    votes = np.zeros(int(owner.max()) + 1)
-    for start, end in zip(low, high, strict=True):
-        votes[np.unique(owner[start:end])] += 1
+    low, high = (np.searchsorted(values, told, side) for side in ("left", "right"))
+    lengths = high - low
+    start = np.repeat(low - np.cumsum(lengths) + lengths, lengths)
+    votes = np.bincount(owner[start + np.arange(len(start))], minlength=count)
     best = int(votes.argmax())
     alone = int((votes == votes[best]).sum()) == 1
     return best if alone and votes[best] > _SURE * len(told) else -1
