@@ -64,6 +64,7 @@ def test_slow_models_have_the_least_rounds(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_takes_long_to_open_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("espalier.costs.side_by_side._OPENED", float("inf"))
     runtime = Drifting(drift=1.0)
     assert told(runtime) == (pytest.approx(0.6), 3)
     assert sorted(runtime.opens) == ["large"] * 3 + ["small"] * 3
